@@ -1,0 +1,405 @@
+"""One layer's attention on one forward pass, computed only as far as somebody asks.
+
+An `Attention` holds the rotated queries and keys, the values and the mask: never the pattern. What
+is asked for is computed in blocks of query rows, so that memory grows with the number of tokens and
+not with its square. With logits s_ij = scale * q_i.k_j (soft-capped where the model does that),
+V_i the keys that query i may see and, where a model has one, a sink logit s_0 that takes mass but
+brings no value:
+
+    a_ij = exp(s_ij - lse_i) for j in V_i,   lse_i = log(exp(s_0) + sum over V_i of exp(s_ij))
+
+Edits return a new `Attention` and compose: logit edits first, weight edits after them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from interp.model import statistics
+from interp.model.edits import Bias, Block, Edit, EditError, Rescale, SetRows, Temperature
+
+# Weights in a block: enough for the matrix product to be fast, few enough to stay in the cache.
+BLOCK_ELEMENTS = 1 << 20
+
+Chosen = Sequence[int] | Tensor | slice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The attention of one layer on one forward pass. Rows are queries, columns are keys.
+
+    `positions` and `key_positions` count each prompt's own tokens from 0, padding left out. While
+    decoding with a sliding window only the window's keys are here: a key's index is not its
+    position. `real_queries` and `real_keys` are False on padding.
+
+    `mask` is True where a key may be seen, or a float added to the logits; without one, `causal`
+    says whether later keys are hidden. `sink_logits` belong to a virtual key (GPT-OSS): the weights
+    of real keys then sum to less than 1.
+    """
+
+    q: Float[Tensor, "batch head query d_head"]
+    k: Float[Tensor, "batch kv_head key d_head"]
+    v: Float[Tensor, "batch kv_head key d_value"]
+    scale: float
+    positions: Int[Tensor, "batch query"]
+    key_positions: Int[Tensor, "batch key"]
+    real_queries: Bool[Tensor, "batch query"]
+    real_keys: Bool[Tensor, "batch key"]
+    mask: Tensor | None = None
+    causal: bool = True
+    softcap: float | None = None
+    sink_logits: Float[Tensor, "#batch head #query"] | None = None
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def n_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def n_queries(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        return self.k.shape[2]
+
+    # What somebody may ask for.
+
+    def output(self) -> Float[Tensor, "batch head query d_value"]:
+        """z, each head's mix of values. Only heads that an edit touches leave the fast kernel."""
+        if not self.edits:
+            return self._unedited_output
+        touched = torch.stack([edit.heads.flatten() for edit in self.edits]).any(0)
+        touched = touched.nonzero().squeeze(1)
+        edited = self._mix(touched)
+        if len(touched) == self.n_heads:
+            return edited
+        return self._unedited_output.index_copy(1, touched, edited)
+
+    def pattern(
+        self, heads: Chosen = None, queries: Chosen = None, keys: Chosen = None
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """That block of the softmax and nothing more; float32, differentiable.
+
+        Raises `IndexError` where an index is out of range.
+        """
+        heads = None if heads is None else self._index(heads, self.n_heads, "heads")
+        columns = self._index(keys, self.n_keys, "keys")
+        parts = []
+        for _, weights in self.blocks(heads, queries):
+            weights = pad(weights, (0, self.n_keys - weights.shape[-1]))
+            parts.append(weights if keys is None else weights[..., columns])
+        return torch.cat(parts, dim=2)
+
+    def scores(self) -> Float[Tensor, "batch head query key"]:
+        """All logits as they enter the softmax; hidden keys have the lowest finite number."""
+        return self._masked(self._logits(self._whole), self._whole)
+
+    def pattern_of(
+        self, scores: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """The pattern that `scores` (as `scores()` gives them, perhaps changed) would make."""
+        sees = (scores > torch.finfo(scores.dtype).min).any(-1, keepdim=True)
+        return self._edit_weights(self._softmax(scores, self._whole) * sees, self._whole)
+
+    @cached_property
+    def lse(self) -> Float[Tensor, "batch head query"]:
+        """Log-sum-exp of each row's logits (and of the sink logit where there is one), float32."""
+        if self._fused is not None and not self.edits:
+            return self._fused[1]
+        parts = []
+        for block in self.row_blocks(None):
+            lse = self._masked(self._logits(block), block).logsumexp(-1)
+            if self.sink_logits is not None:
+                lse = lse.logaddexp(self._sinks(block).squeeze(-1))
+            parts.append(lse)
+        return torch.cat(parts, dim=2)
+
+    def blocks(
+        self, heads: Tensor | None = None, queries: Chosen = None
+    ) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, "batch heads rows seen_keys"]]]:
+        """The weights, some query rows at a time: (row indices, weights), float32.
+
+        Under plain causal attention the keys after the block's last row are left off.
+        """
+        for block in self.row_blocks(heads, queries):
+            yield block.rows, self._weights(block)
+
+    # Statistics, streamed: their definitions are in interp.model.statistics.
+
+    def queries_per_key(self) -> Int[Tensor, "batch key"]:
+        """How many real queries of this pass may see each key; 0 on padding."""
+        return statistics.queries_per_key(self)
+
+    def mass_received(self, heads: Chosen = None) -> Float[Tensor, "batch heads key"]:
+        """Mean weight that a key gets from the real queries that may see it; NaN without any."""
+        return statistics.mass_received(self, self._heads(heads))
+
+    def largest_received(self, heads: Chosen = None) -> Float[Tensor, "batch heads key"]:
+        """The largest weight that any real query gives to each key."""
+        return statistics.largest_received(self, self._heads(heads))
+
+    def entropy(self, heads: Chosen = None) -> Float[Tensor, "batch heads query"]:
+        """Entropy of each row's weights on real keys, in nats."""
+        return statistics.entropy(self, self._heads(heads))
+
+    def top_keys(
+        self, k: int = 1, heads: Chosen = None, queries: Chosen = None
+    ) -> tuple[Float[Tensor, "batch heads queries k"], Int[Tensor, "batch heads queries k"]]:
+        """The `k` largest weights of each row and their keys' indices, largest first."""
+        return statistics.top_keys(self, k, self._heads(heads), queries)
+
+    def mass_on(
+        self, keys: Bool[Tensor, "..."], heads: Chosen = None, queries: Chosen = None
+    ) -> Float[Tensor, "batch heads queries"]:
+        """Each row's weight on a set of keys, `[key]`, `[batch key]` or more axes."""
+        return statistics.mass_on(self, whole_layer(keys), self._heads(heads), queries)
+
+    # Edits: each returns a new Attention.
+
+    def bias(
+        self,
+        delta: Tensor | float | Callable[[Tensor], Tensor],
+        heads: Chosen = None,
+        queries: Chosen = None,
+        keys: Chosen = None,
+    ) -> "Attention":
+        """Add `delta` to the logits at the chosen heads, queries and keys (−inf hides a key).
+
+        `delta` is a number, a tensor that broadcasts to `[batch head query key]` of the whole
+        layer, or a function of a block of logits. Raises `EditError` after a weight edit,
+        `IndexError` on an index out of range.
+        """
+        if not callable(delta):
+            delta = torch.as_tensor(delta, dtype=torch.float32, device=self.q.device)
+            delta = delta[(None,) * (4 - delta.dim())]
+        where = (
+            self._flags(heads, self.n_heads, "heads")[None, :, None, None],
+            self._flags(queries, self.n_queries, "queries")[None, None, :, None],
+            self._flags(keys, self.n_keys, "keys")[None, None, None, :],
+        )
+        return self._edited(Bias(delta, *where))
+
+    def temperature(self, temperature: Tensor | float, heads: Chosen = None) -> "Attention":
+        """Divide the logits of `heads` by a number or by a tensor like `[batch head query]`.
+
+        Raises `EditError` unless it is above 0, and after a weight edit.
+        """
+        value = torch.as_tensor(temperature, dtype=torch.float32, device=self.q.device)
+        if not bool((value > 0).all()):
+            raise EditError(f"temperature={temperature}: must be above 0.")
+        value = value[(None,) * (3 - value.dim())][..., None]
+        flags = self._flags(heads, self.n_heads, "heads")[None, :, None, None]
+        return self._edited(Temperature(value, flags))
+
+    def rescale(
+        self,
+        keys: Bool[Tensor, "..."],
+        factor: float | Tensor,
+        receivers: Bool[Tensor, "..."] | None = None,
+        heads: Chosen = None,
+        rows: Bool[Tensor, "..."] | None = None,
+    ) -> "Attention":
+        """Multiply the weights of `keys` by `factor`; `receivers` take up the freed mass.
+
+        Selections are boolean, `[key]`, `[batch key]` or broadcast to `[batch head query key]`;
+        `rows` and a tensor `factor` broadcast to `[batch head query]`. Receivers default to all
+        other keys. With m_i and r_i the mass of row i on keys and on receivers,
+
+            a'_ij = factor a_ij for keys,   a'_ij = a_ij (1 + (1 - factor) m_i / r_i) for receivers
+
+        and a row with r_i < 1e-6 stays as it is. Raises `EditError` where the two overlap.
+        """
+        keys = whole_layer(keys)
+        receivers = ~keys if receivers is None else whole_layer(receivers)
+        if bool((keys & receivers).any()):
+            raise EditError("receivers: some are among keys too; a key gives or receives.")
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=self.q.device)
+        factor = factor[(None,) * (3 - factor.dim())][..., None]
+        flags = self._flags(heads, self.n_heads, "heads")[None, :, None, None]
+        return self._edited(Rescale(keys, receivers, factor, self._rows(rows), flags))
+
+    def set_rows(
+        self,
+        weights: Float[Tensor, "..."] | None = None,
+        heads: Chosen = None,
+        rows: Bool[Tensor, "..."] | None = None,
+    ) -> "Attention":
+        """Replace rows: by `weights` (broadcast to the whole layer), or uniformly where None.
+
+        Uniform means equal weights on the keys that the query may see; `rows` as in `rescale`.
+        """
+        if weights is not None:
+            weights = weights[(None,) * (4 - weights.dim())]
+        flags = self._flags(heads, self.n_heads, "heads")[None, :, None, None]
+        return self._edited(SetRows(weights, self._rows(rows), flags))
+
+    # How it is computed.
+
+    @property
+    def _whole(self) -> Block:
+        return Block(None, self._index(None, self.n_queries, "queries"), self.n_keys)
+
+    def _edited(self, edit: Edit) -> "Attention":
+        if edit.on_logits and any(not previous.on_logits for previous in self.edits):
+            raise EditError("a logit edit can't follow a weight edit: edit the logits first.")
+        return replace(self, edits=(*self.edits, edit))
+
+    def _mix(self, heads: Tensor | None) -> Float[Tensor, "batch heads query d_value"]:
+        values = self.per_query_head(self.v, heads).float()
+        parts = [w @ values[..., : w.shape[-1], :] for _, w in self.blocks(heads)]
+        return torch.cat(parts, dim=2).to(self.v.dtype)
+
+    @cached_property
+    def _unedited_output(self) -> Float[Tensor, "batch head query d_value"]:
+        if self._fused is not None:
+            return self._fused[0]
+        if self.softcap is not None or self.sink_logits is not None:
+            return replace(self, edits=())._mix(None)
+        k, v = self.per_query_head(self.k), self.per_query_head(self.v)
+        return scaled_dot_product_attention(
+            self.q, k, v, self.mask, scale=self.scale, is_causal=self.causal and self.mask is None
+        )
+
+    @cached_property
+    def _fused(self) -> tuple[Tensor, Tensor] | None:
+        """(z, lse) in one go from the CPU's flash kernel, where that is exact.
+
+        Not with gradients (the kernel's lse carries none), nor with a mask (it takes no boolean).
+        """
+        plain = self.softcap is None and self.sink_logits is None and self.mask is None
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k))
+        same_width = self.q.shape[-1] == self.v.shape[-1]
+        if not plain or needs_grad or not same_width or self.q.device.type != "cpu":
+            return None
+        k, v = self.per_query_head(self.k), self.per_query_head(self.v)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(self.q, k, v, 0.0, self.causal, scale=self.scale)
+
+    def per_query_head(self, x: Tensor, heads: Tensor | None = None) -> Tensor:
+        """Keys or values as the query heads see them: kv heads shared by a group of heads."""
+        group = self.n_heads // x.shape[1]
+        if heads is not None:
+            return x[:, heads // group]
+        return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+    def row_blocks(self, heads: Tensor | None, queries: Chosen = None) -> Iterator[Block]:
+        n_heads = self.n_heads if heads is None else len(heads)
+        size = max(1, BLOCK_ELEMENTS // max(1, self.q.shape[0] * n_heads * self.n_keys))
+        later_hidden = self.causal and self.mask is None
+        for rows in self._index(queries, self.n_queries, "queries").split(size):
+            yield Block(heads, rows, int(rows.max()) + 1 if later_hidden else self.n_keys)
+
+    def _logits(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
+        """Scaled, soft-capped, edited; not yet masked."""
+        q = self.q if block.heads is None else self.q[:, block.heads]
+        q = q[:, :, block.rows].float() * self.scale
+        k = self._keys_transposed[..., : block.n_keys]
+        group = self.n_heads // k.shape[1]
+        if block.heads is not None:
+            logits = q @ k[:, block.heads // group]
+        else:  # one product per kv head, the rows of its query heads stacked
+            stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+            logits = (stacked @ k).view(*q.shape[:3], block.n_keys)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        for edit in self.edits:
+            if edit.on_logits:
+                logits = edit.apply(logits, block, None)
+        return logits
+
+    @cached_property
+    def _keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
+        return self.k.float().transpose(2, 3)
+
+    def visible(self, block: Block) -> Bool[Tensor, "#batch #head rows seen_keys"] | None:
+        """Which keys each row may see; None: all."""
+        if self.mask is not None:
+            mask = self.mask[:, :, block.rows]
+            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if not self.causal:
+            return None
+        keys = torch.arange(block.n_keys, device=block.rows.device)
+        return (keys <= block.rows[:, None])[None, None]
+
+    def _masked(self, logits: Tensor, block: Block) -> Tensor:
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            logits = logits + self.mask[:, :, block.rows].float()
+        visible = self.visible(block)
+        if visible is None:
+            return logits
+        return logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+
+    def _weights(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
+        if self._fused is not None and not any(edit.on_logits for edit in self.edits):
+            weights = self._weights_from_lse(block)
+        else:
+            weights = self._softmax(self._masked(self._logits(block), block), block)
+            if self.mask is not None:  # a row that sees nothing has no weights, not uniform ones
+                weights = weights * self.visible(block)
+        return self._edit_weights(weights, block)
+
+    def _edit_weights(self, weights: Tensor, block: Block) -> Tensor:
+        for edit in self.edits:
+            if not edit.on_logits:
+                weights = edit.apply(weights, block, self.visible(block))
+        return weights
+
+    def _weights_from_lse(self, block: Block) -> Tensor:
+        lse = self._fused[1] if block.heads is None else self._fused[1][:, block.heads]
+        weights = self._logits(block).sub_(lse[:, :, block.rows, None]).exp_()
+        visible = self.visible(block)
+        if visible is not None:  # the first row sees all keys up to itself
+            first = int(block.rows.min())
+            weights[..., first:].masked_fill_(~visible[..., first:], 0.0)
+        return weights
+
+    def _softmax(self, logits: Tensor, block: Block) -> Tensor:
+        """Softmax over keys; a virtual sink takes its share and is dropped."""
+        if self.sink_logits is None:
+            return logits.softmax(-1)
+        sinks = self._sinks(block).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+
+    def _sinks(self, block: Block) -> Float[Tensor, "#batch heads #rows 1"]:
+        return block.of(self.sink_logits.float()[..., None])
+
+    # How a selection is read.
+
+    def _index(self, chosen: Chosen, size: int, name: str) -> Int[Tensor, " chosen"]:
+        every = torch.arange(size, device=self.q.device)
+        if chosen is None:
+            return every
+        if isinstance(chosen, slice):
+            return every[chosen]
+        index = torch.as_tensor(chosen, dtype=torch.long, device=self.q.device).reshape(-1)
+        if len(index) and not (-size <= int(index.min()) and int(index.max()) < size):
+            raise IndexError(f"{name}={index.tolist()}: this layer has 0-{size - 1}.")
+        return index % size
+
+    def _heads(self, chosen: Chosen) -> Tensor | None:
+        return None if chosen is None else self._index(chosen, self.n_heads, "heads")
+
+    def _flags(self, chosen: Chosen, size: int, name: str) -> Bool[Tensor, " size"]:
+        flags = torch.zeros(size, dtype=torch.bool, device=self.q.device)
+        flags[self._index(chosen, size, name)] = True
+        return flags
+
+    def _rows(self, rows: Tensor | None) -> Bool[Tensor, "#batch #head #query 1"]:
+        if rows is None:
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.q.device)
+        if rows.dim() == 2:  # [batch query]
+            rows = rows[:, None]
+        return rows[(None,) * (3 - rows.dim())][..., None]
+
+
+def whole_layer(selection: Bool[Tensor, "..."]) -> Bool[Tensor, "#batch #head #query key"]:
+    """`[key]` or `[batch key]` with the missing axes of `[batch head query key]` put in."""
+    if selection.dim() == 2:
+        return selection[:, None, None]
+    return selection[(None,) * (4 - selection.dim())]

@@ -1,0 +1,112 @@
+"""The facts of the forward pass that is running: what a hook may ask of `model.call`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Phase = Literal["prompt", "generated"]
+When = Literal["prompt", "generated", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward pass. Tokens are those given to this pass; keys are all tokens seen so far.
+
+    `prompt_width` is the number of columns of the prompt, padding included: tokens from there on
+    are generated, also where a whole sequence is passed again without a cache.
+    """
+
+    input_ids: Int[Tensor, "batch token"] | None
+    real_keys: Bool[Tensor, "batch key"]
+    n_tokens: int
+    prompt_width: int
+
+    @property
+    def step(self) -> int:
+        """How many columns came after the prompt so far; 0 in the prompt's own pass."""
+        return self.real_keys.shape[1] - self.prompt_width
+
+    @property
+    def phase(self) -> Phase:
+        """Whose next token this pass is about: the prompt's, or that of something generated."""
+        return "generated" if self.step else "prompt"
+
+    @property
+    def key_positions(self) -> Int[Tensor, "batch key"]:
+        return (self.real_keys.cumsum(1) - 1).clamp_min(0)
+
+    @property
+    def positions(self) -> Int[Tensor, "batch token"]:
+        return self.key_positions[:, -self.n_tokens :]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch token"]:
+        """Which tokens of this pass are no padding."""
+        return self.real_keys[:, -self.n_tokens :]
+
+    @property
+    def prompt_lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens in each prompt."""
+        return self.real_keys[:, : self.prompt_width].sum(1)
+
+    def rows(self, when: When) -> Bool[Tensor, "batch token"]:
+        """The real tokens of this pass that belong to the prompt, are generated, or both."""
+        columns = torch.arange(self.real_keys.shape[1], device=self.real_keys.device)
+        generated = (columns >= self.prompt_width)[-self.n_tokens :]
+        chosen = {"prompt": ~generated, "generated": generated, "both": torch.ones_like(generated)}
+        return self.real & chosen[when]
+
+
+@dataclass
+class Running:
+    """What a model's hooks share while it runs.
+
+    `call` is the forward pass that is running (or ran last), `passes` how many began. `generating`
+    is the prompt's width while `HookedModel.generate` runs (0: its first pass has yet to come).
+    """
+
+    call: Call | None = None
+    passes: int = 0
+    generating: int | None = None
+
+    def begin(self, args: tuple, kwargs: dict) -> None:
+        """Take down the facts of a call to the Hugging Face model."""
+        tokens = _tokens(args, kwargs)
+        past = _cached(kwargs.get("past_key_values"))
+        real_keys = _real_keys(tokens, past, kwargs.get("attention_mask"))
+        n_keys = real_keys.shape[1]
+        if self.generating == 0:
+            self.generating = n_keys
+        ids = None if tokens.is_floating_point() else tokens
+        self.call = Call(ids, real_keys, tokens.shape[1], self._prompt_width(past, n_keys))
+        self.passes += 1
+
+    def _prompt_width(self, past: int, n_keys: int) -> int:
+        if self.generating is not None:
+            return self.generating
+        if not past:
+            return n_keys
+        goes_on = self.call is not None and self.call.prompt_width <= past
+        return self.call.prompt_width if goes_on else past
+
+
+def _real_keys(tokens: Tensor, past: int, mask: Tensor | None) -> Bool[Tensor, "batch key"]:
+    n_keys = past + tokens.shape[1]
+    if torch.is_tensor(mask) and mask.dim() == 2 and mask.shape[1] >= n_keys:
+        return mask[:, :n_keys].bool()
+    return torch.ones(len(tokens), n_keys, dtype=torch.bool, device=tokens.device)
+
+
+def _tokens(args: tuple, kwargs: dict) -> Tensor:
+    """The first tensor of the call that has a token axis (pixels count as one token each)."""
+    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+        if torch.is_tensor(kwargs.get(name)):
+            return kwargs[name]
+    return args[0]
+
+
+def _cached(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())

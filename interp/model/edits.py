@@ -1,0 +1,112 @@
+"""The edits that an `Attention` composes: two on the logits, then two on the weights.
+
+An edit speaks of the whole layer, `[batch head query key]`, with axes of size 1 where it says the
+same along them; it is applied to one `Block` of query rows at a time and returns a new tensor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp.errors import UserError
+
+# Receivers that hold less than this have directions made of rounding noise: the row is left alone.
+LEAST_RECEIVED = 1e-6
+
+
+class EditError(UserError):
+    """An edit of attention that has no meaning."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Which part of a layer is being computed: heads (None: all), query rows, the first keys."""
+
+    heads: Int[Tensor, " heads"] | None
+    rows: Int[Tensor, " rows"]
+    n_keys: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This block's part of a tensor that broadcasts to `[batch head query key]`."""
+        if self.heads is not None and whole.shape[1] > 1:
+            whole = whole[:, self.heads]
+        if whole.shape[2] > 1:
+            whole = whole[:, :, self.rows]
+        return whole[..., : self.n_keys] if whole.shape[3] > 1 else whole
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """logits + delta at the chosen heads, queries and keys."""
+
+    delta: Float[Tensor, "#batch #head #query #key"] | Callable[[Tensor], Tensor]
+    heads: Bool[Tensor, "1 head 1 1"]
+    queries: Bool[Tensor, "1 1 query 1"]
+    keys: Bool[Tensor, "1 1 1 key"]
+    on_logits: ClassVar[bool] = True
+
+    def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        delta = self.delta(logits) if callable(self.delta) else block.of(self.delta)
+        chosen = block.of(self.heads) & block.of(self.queries) & block.of(self.keys)
+        return torch.where(chosen, logits + delta, logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Temperature:
+    """logits / temperature, per head and query; 1 where a head is not chosen."""
+
+    temperature: Float[Tensor, "#batch head #query 1"]
+    heads: Bool[Tensor, "1 head 1 1"]
+    on_logits: ClassVar[bool] = True
+
+    def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        return torch.where(block.of(self.heads), logits / block.of(self.temperature), logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """Weights of `keys` times `factor`; `receivers` take up the freed mass in proportion."""
+
+    keys: Bool[Tensor, "#batch #head #query key"]
+    receivers: Bool[Tensor, "#batch #head #query key"]
+    factor: Float[Tensor, "#batch #head #query 1"]
+    rows: Bool[Tensor, "#batch #head #query 1"]
+    heads: Bool[Tensor, "1 head 1 1"]
+    on_logits: ClassVar[bool] = False
+
+    def apply(self, weights: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        keys, receivers = block.of(self.keys), block.of(self.receivers)
+        freed = 1 - block.of(self.factor)
+        given = (weights * keys).sum(-1, keepdim=True)
+        held = (weights * receivers).sum(-1, keepdim=True)
+        gain = freed * given / held.clamp_min(LEAST_RECEIVED)
+        edited = weights * (1 - freed * keys + gain * receivers)
+        chosen = block.of(self.heads) & block.of(self.rows) & (held >= LEAST_RECEIVED)
+        return torch.where(chosen, edited, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class SetRows:
+    """Whole rows replaced: by `weights`, or (None) by equal weights on all visible keys."""
+
+    weights: Float[Tensor, "#batch #head #query key"] | None
+    rows: Bool[Tensor, "#batch #head #query 1"]
+    heads: Bool[Tensor, "1 head 1 1"]
+    on_logits: ClassVar[bool] = False
+
+    def apply(self, weights: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        if self.weights is not None:
+            new = block.of(self.weights).to(weights.dtype)
+        elif visible is None:
+            new = torch.full_like(weights, 1 / weights.shape[-1])
+        else:
+            seen = visible.sum(-1, keepdim=True).clamp_min(1)
+            new = (visible / seen).to(weights.dtype)
+        return torch.where(block.of(self.heads) & block.of(self.rows), new, weights)
+
+
+Edit = Bias | Temperature | Rescale | SetRows

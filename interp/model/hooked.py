@@ -1,0 +1,400 @@
+"""`interp.load(...)` and the model it gives: a TransformerLens bridge whose attention is lazy."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+    detect_tokenizer_bos_eos,
+)
+from transformer_lens.utilities.attn_implementation import force_eager_attention
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from interp import zoo
+from interp.heads import Head, HeadError
+from interp.model.attention import Attention
+from interp.model.call import Call, Running
+from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, make_lazy
+from interp.provenance import versions
+
+
+class HookError(zoo.UserError):
+    """A hook name that the model does not have, or a hook that never fired."""
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "HookedModel":
+    """A hooked model from a name that we know, a folder, a hub id, or a loaded model.
+
+    Args:
+        model: `interp.zoo` name ("smollm2-135m"), folder, hub id, or a `PreTrainedModel`, which is
+            then changed in place (its submodules become hooked ones).
+        tokenizer: Default: the one beside the weights.
+        dtype: Default: the checkpoint's own.
+        device: Default: CUDA where there is one, else the CPU. Not together with `device_map`.
+        device_map: Spread over devices as in transformers.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run the repository's own Python code; off unless asked.
+
+    Raises:
+        ModelError: Unknown name, folder without weights, architecture without an adapter.
+    """
+    if isinstance(model, nn.Module):
+        if device is not None or device_map is not None or dtype is not None:
+            raise zoo.ModelError(
+                "dtype, device, device_map: not with a loaded model; move it first."
+            )
+        return _hook_loaded(model, tokenizer)
+    source, known = zoo.resolve(model)
+    settings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _named_errors(model):
+        config = AutoConfig.from_pretrained(source, **settings)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(source, **settings)
+        if device is None and device_map is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        bridge = TransformerBridge.boot_transformers(
+            str(source),
+            dtype=_dtype(dtype, config),
+            device=device,
+            device_map=device_map,
+            tokenizer=deepcopy(tokenizer),
+            **settings,
+        )
+    name = known.name if known else str(model)
+    return _hooked(bridge, name, revision, tokenizer)
+
+
+class HookedModel(TransformerBridge):
+    """A `TransformerBridge` whose attention is lazy; all of its names and functions are here.
+
+    Beside the bridge's hooks every attention layer has `blocks.L.attn.hook_attention`, whose value
+    is an `interp.model.attention.Attention`. A pattern exists only where a hook on scores or
+    pattern is attached, or where somebody asks that `Attention` for one.
+    """
+
+    name: str
+    revision: str | None
+    _running: Running
+
+    @property
+    def call(self) -> Call:
+        """The facts of the forward pass that is running (or ran last)."""
+        if self._running.call is None:
+            raise RuntimeError("call: the model has not run yet.")
+        return self._running.call
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers that have attention."""
+        return [i for i, block in enumerate(self.blocks) if "attn" in block._modules]
+
+    @property
+    def lazy(self) -> bool:
+        """False where this architecture's attention runs on the bridge's own eager path."""
+        return all(self.blocks[i].attn._lazy for i in self.attention_layers)
+
+    def read_attention(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        reader: Callable[[Attention], Tensor],
+        *,
+        layers: Sequence[int] | None = None,
+        attention_mask: Int[Tensor, "batch token"] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Run once and stack what `reader` says of each layer's attention: `[batch layer ...]`.
+
+        `layers`: default all. Other arguments go to the forward pass. No gradients, no logits.
+
+        Raises `HeadError` where a layer is out of range.
+        """
+        layers = self.attention_layers if layers is None else list(layers)
+        self.check_layers(layers)
+        found: dict[int, Tensor] = {}
+
+        def hook_of(layer: int):
+            def look(attention: Attention, hook) -> None:
+                found[layer] = reader(attention)
+
+            return f"blocks.{layer}.attn.hook_attention", look
+
+        with self.hooks(fwd_hooks=[hook_of(layer) for layer in layers]):
+            self.run(input_ids, attention_mask, **kwargs)
+        return torch.stack([found[layer] for layer in layers], dim=1)
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> None:
+        """A forward pass for its hooks' sake: no logits but the last token's, no gradients."""
+        if "logits_to_keep" in signature(self.original_model.forward).parameters:
+            kwargs.setdefault("logits_to_keep", 1)
+        self(input_ids, attention_mask=attention_mask, return_type=None, use_cache=False, **kwargs)
+
+    @contextmanager
+    def intervene(self, *interventions) -> Iterator["HookedModel"]:
+        """Apply interventions, in order, to whatever runs in the block; undone on leaving it.
+
+        Raises:
+            HookError: Before the block for a hook that the model does not have; after it for a
+                hook that never fired although the model ran.
+        """
+        fired: dict[str, int] = {}
+
+        def watched(name: str, fn: Callable) -> tuple[str, Callable]:
+            fired[name] = 0
+
+            def hook_fn(value, hook):
+                fired[name] += 1
+                return fn(value, hook=hook)
+
+            return name, hook_fn
+
+        pairs = chain.from_iterable(one.hooks(self) for one in _flat(interventions))
+        hooks = [watched(*pair) for pair in pairs]
+        self.check_hooks(fired)
+        passes = self._running.passes
+        with self.hooks(fwd_hooks=hooks):
+            yield self
+        silent = [name for name, count in fired.items() if not count]
+        if silent and self._running.passes > passes:
+            raise HookError(
+                f"hooks: {silent[0]} never fired (of {len(silent)} such): the edit did not act."
+            )
+
+    def check_hooks(self, names: Sequence[str]) -> None:
+        """Raises `HookError`, with the nearest names, where the model lacks one of the hooks."""
+        for name in names:
+            if name not in self.hook_dict:
+                near = get_close_matches(name, self.hook_dict, n=3)
+                raise HookError(
+                    f"hooks: {self.name} has no {name!r}; the nearest: {', '.join(near)}."
+                )
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises `HeadError` where the model has no attention in one of the layers."""
+        missing = [layer for layer in layers if layer not in self.attention_layers]
+        if missing:
+            last = self.attention_layers[-1]
+            raise HeadError(
+                f"layers: {missing[0]} is not in {self.name}, which has layers 0-{last}."
+            )
+
+    def check_heads(self, heads: Sequence[Head]) -> None:
+        """Raises `HeadError` where the model lacks one of the heads."""
+        n_heads = self.cfg.n_heads
+        layers = self.attention_layers
+        missing = [h for h in heads if h.layer not in layers or not 0 <= h.head < n_heads]
+        if missing:
+            raise HeadError(
+                f"heads: {len(missing)} of {len(heads)} are not in {self.name} (first: "
+                f"{missing[0]}), which has layers 0-{layers[-1]} and heads 0-{n_heads - 1}. "
+                "Were they scored on another model? See scores.metadata['model']."
+            )
+
+    def generate(self, *args, **kwargs):
+        """TransformerLens' `generate`; hooks know which tokens are generated, cache or not."""
+        self._running.generating = 0
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._running.generating = None
+
+    def batches(
+        self, token_lists: Sequence[Sequence[int]], batch_size: int = 8, desc: str | None = None
+    ) -> Iterator["Batch"]:
+        """Left-padded batches, longest first, with a progress bar where `desc` names it.
+
+        Rows of a batch are near each other in length; `Batch.index` says which they are.
+        """
+        lengths = torch.tensor([len(tokens) for tokens in token_lists])
+        order = lengths.argsort(descending=True, stable=True)
+        for index in tqdm(order.split(batch_size), desc=desc, disable=desc is None, leave=False):
+            yield self.batch([token_lists[i] for i in index.tolist()], index)
+
+    def batch(self, token_lists: Sequence[Sequence[int]], index: Tensor | None = None) -> "Batch":
+        """One left-padded batch on the model's device."""
+        width = max(len(tokens) for tokens in token_lists)
+        pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = torch.full((len(token_lists), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(token_lists):
+            ids[row, width - len(tokens) :] = torch.as_tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+        index = torch.arange(len(ids)) if index is None else index
+        return Batch(ids.to(self.cfg.device), mask.to(self.cfg.device), index)
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result must say of the model it was made with."""
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "architecture": self.cfg.architecture,
+            "dtype": str(self.original_model.dtype).removeprefix("torch."),
+            "device": str(self.cfg.device).split(":")[0],
+            "attention": "lazy" if self.lazy else "eager",
+            "versions": versions(),
+        }
+
+    def run_with_cache(self, *args, names_filter=None, **kwargs):
+        """TransformerLens' `run_with_cache`, without `hook_attention`, whose value is no tensor."""
+        return super().run_with_cache(
+            *args, names_filter=self._without_attention(names_filter), **kwargs
+        )
+
+    def get_caching_hooks(self, names_filter=None, *args, **kwargs):
+        """TransformerLens' `get_caching_hooks`, without `hook_attention`."""
+        return super().get_caching_hooks(self._without_attention(names_filter), *args, **kwargs)
+
+    @staticmethod
+    def _holds_tensor(name: str) -> bool:
+        return not name.endswith("hook_attention")
+
+    def _without_attention(self, names_filter):
+        """An unfiltered cache leaves `hook_attention` out; asking for it by name is an error."""
+        if names_filter is None:
+            return lambda name: self._holds_tensor(name) and not self._gated_hook_reason(name)
+        if callable(names_filter):
+            return lambda name: self._holds_tensor(name) and names_filter(name)
+        asked = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        if not all(self._holds_tensor(name) for name in asked):
+            raise HookError(
+                "names_filter: hook_attention holds no tensor to cache; "
+                "use model.read_attention(input_ids, reader) and return what you need of it."
+            )
+        return names_filter
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Left-padded prompts: row i is prompt `index[i]`, its tokens start at `first[i]`."""
+
+    input_ids: Int[Tensor, "batch token"]
+    attention_mask: Int[Tensor, "batch token"]
+    index: Int[Tensor, " batch"]
+
+    @property
+    def first(self) -> Int[Tensor, " batch"]:
+        return self.input_ids.shape[1] - self.attention_mask.sum(1)
+
+
+def _hook_loaded(model: PreTrainedModel, tokenizer: Any) -> HookedModel:
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    with _named_errors(name):
+        force_eager_attention(model)  # what a layer that can't be lazy falls back on
+        bridge = build_bridge_from_module(
+            model,
+            type(model).__name__,
+            hf_config=deepcopy(model.config),
+            tokenizer=deepcopy(tokenizer),
+            model_name=name,
+        )
+    return _hooked(bridge, name, None, tokenizer)
+
+
+def _hooked(
+    bridge: TransformerBridge, name: str, revision: str | None, tokenizer: Any
+) -> HookedModel:
+    """Turn a bridge into a `HookedModel`, in place."""
+    bridge.__class__ = HookedModel
+    model: HookedModel = bridge
+    running = Running()
+    for field, value in (("name", name), ("revision", revision), ("_running", running)):
+        model.__dict__[field] = value  # the bridge forwards unknown attributes
+    _make_lazy(model, running)
+    model._scan_existing_hooks(model, "")
+    new = {name for name in model.hook_dict if name.endswith("hook_attention")}
+    model._driver.supported_hook_points |= new
+    model.original_model.register_forward_pre_hook(
+        lambda module, args, kwargs: running.begin(args, kwargs), with_kwargs=True
+    )
+    if tokenizer is not None:  # the bridge's copy prepends a BOS; ours follows its own policy
+        model._tokenizer = tokenizer
+        prepends, appends = detect_tokenizer_bos_eos(tokenizer)
+        model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = prepends
+        model.cfg.tokenizer_appends_eos = appends
+    return model
+
+
+def _make_lazy(model: HookedModel, running: Running) -> None:
+    """Lazy attention for each tower where all of its layers can have it."""
+    components = [m for m in model.modules() if isinstance(m, AttentionBridge)]
+    able = {id(c): can_be_lazy(c) for c in components}
+    refused = {id(_config(c)) for c in components if not able[id(c)]}
+    for component in components:
+        config = _config(component)
+        lazy = able[id(component)] and id(config) not in refused
+        make_lazy(component, running, lazy)
+        if lazy:
+            config._attn_implementation = IMPLEMENTATION
+    if refused:
+        kind = type(model.original_model).__name__
+        warn(
+            f"{kind}: its attention can't be made lazy; it runs on the bridge's eager path.",
+            stacklevel=4,
+        )
+
+
+def _config(component: AttentionBridge):
+    module = attention_module(component) or component.original_component
+    return getattr(module, "config", None)
+
+
+def _flat(interventions) -> Iterator:
+    for one in interventions:
+        if isinstance(one, (list, tuple)):
+            yield from _flat(one)
+        else:
+            yield one
+
+
+def _dtype(dtype: torch.dtype | str | None, config) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return getattr(config, "dtype", None) or torch.float32
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise zoo.ModelError(f"dtype={dtype!r}: not a torch dtype; float32, bfloat16 or float16.")
+    return found
+
+
+def _load_tokenizer(source, **settings):
+    """The tokenizer beside the weights, or None for a model that reads no text."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **settings)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextmanager
+def _named_errors(name) -> Iterator[None]:
+    """What can go wrong on the way to a model, as one line that names it."""
+    try:
+        yield
+    except zoo.UserError:
+        raise
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise zoo.ModelError(f"model={str(name)!r}: {lines[0]}") from error

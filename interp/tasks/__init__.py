@@ -1,0 +1,22 @@
+"""Tasks: prompts with answers and named spans, made for a model's own tokenizer.
+
+The functions bear the names of their modules and are bound here at once: were they bound lazily,
+importing a module first (`interp.tasks.needle`) would hide the function of the same name.
+"""
+
+from interp.tasks.needle import Needle, needle
+from interp.tasks.prompts import PromptError, SpanError, as_prompts, describe, from_examples
+from interp.tasks.repeats import repeats
+from interp.tasks.text import text
+
+__all__ = [
+    "Needle",
+    "PromptError",
+    "SpanError",
+    "as_prompts",
+    "describe",
+    "from_examples",
+    "needle",
+    "repeats",
+    "text",
+]
