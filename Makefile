@@ -33,7 +33,7 @@ bench: .venv/.stamp  ## ratios against what one would otherwise call
 lint: .venv/.stamp  ## ruff and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright $(wildcard interp analyses)
 
 format: .venv/.stamp  ## repair what ruff can repair
 	$(BIN)/ruff check --fix .

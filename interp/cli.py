@@ -114,8 +114,8 @@ def models_list(as_json: Json = False) -> None:
         print(json.dumps([about(model) for model in known], indent=2))
         return
     for model in known:
-        state = "installed" if model.installed else f"not fetched ({model.size})"
-        print(f"{model.name:<14}  {state}")
+        absent = f"not fetched ({model.size})" if model.package else "not in this checkout"
+        print(f"{model.name:<14}  {'installed' if model.installed else absent}")
         print(f"    {model.description}\n    {model.licence}, from {model.source}")
 
 

@@ -123,14 +123,13 @@ def attention_pattern(
         subplot_titles=list(titles or [""] * n_panels),
         horizontal_spacing=24 / inner_width if columns > 1 else 0,
         vertical_spacing=gap / inner_height if rows > 1 else 0,
-        shared_yaxes="all",
-        shared_xaxes="all",
+        shared_yaxes=True,
     )
     hover, places = "query %{y}<br>key %{x}<br>%{z:.1f} %", None
     if len(keys["tickvals"]) == n_keys:  # labels without positions; repeated tokens need them
         hover = "query %{customdata[0]}: %{y}<br>key %{customdata[1]}: %{x}<br>%{z:.1f} %"
-        places = np.indices((n_queries, n_keys)).transpose(1, 2, 0) + [first_query, first_key]
-        places = places.astype(np.uint32)
+        places = np.indices((n_queries, n_keys)).transpose(1, 2, 0)
+        places = (places + np.array([first_query, first_key])).astype(np.uint32)
     for panel in range(n_panels):
         cells = go.Heatmap(
             z=_percent(share[panel]),
@@ -145,8 +144,8 @@ def attention_pattern(
         figure,
         title,
         width=left + inner_width + 110,
-        height=top + inner_height + gap,
-        margin={"l": left, "r": 110, "t": top, "b": gap},
+        height=top + inner_height + gap - 30,
+        margin={"l": left, "r": 110, "t": top, "b": gap - 30},
     )
     figure.update_layout(
         coloraxis={
@@ -156,8 +155,8 @@ def attention_pattern(
             "colorbar": _colorbar("attention, %"),
         }
     )
-    figure.update_xaxes(**keys, tickangle=-90, showgrid=False, showticklabels=True)
-    figure.update_yaxes(**queries, showgrid=False, automargin=False)
+    figure.update_xaxes(**keys, matches="x", tickangle=-90, showgrid=False)
+    figure.update_yaxes(**queries, matches="y", showgrid=False, automargin=False)
     figure.update_yaxes(range=[first_query + n_queries - 0.5, first_query - 0.5])
     return figure
 
@@ -519,7 +518,7 @@ def _long_table(positions, values, **optional) -> pd.DataFrame:
 def _line_colors(labels: list) -> list[str]:
     if len(labels) <= len(PALETTE):
         return PALETTE[: len(labels)]
-    return sample_colorscale("viridis", np.linspace(0, 0.92, len(labels)).tolist())
+    return list(map(str, sample_colorscale("viridis", np.linspace(0, 0.92, len(labels)).tolist())))
 
 
 def _line(

@@ -169,13 +169,19 @@ class HeadScores:
         samples: Shaped[Any, "prompt layer head"],
         tower: str = "text",
         *,
+        layers: Sequence[int] | None = None,
         keep_samples: bool = False,
         **metadata,
     ) -> "HeadScores":
-        """Mean, std and n over prompts. NaN: this prompt says nothing about this head."""
+        """Mean, std and n over prompts. NaN: this prompt says nothing about this head.
+
+        `layers` numbers the layer axis where a model does not have attention in every layer.
+        """
         values = as_numpy(samples)
         n_prompts, n_layers, n_heads = values.shape
         layer, head = np.divmod(np.arange(n_layers * n_heads), max(n_heads, 1))
+        if layers is not None:
+            layer = np.asarray(layers)[layer]
         where = pd.DataFrame({"layer": layer, "head": head, "tower": tower})
         return cls._summarise(
             where, values.reshape(n_prompts, n_layers * n_heads), metadata, keep_samples
@@ -206,8 +212,7 @@ class HeadScores:
             raise ScoresError("parts: nothing to merge; give at least one HeadScores.")
         metadata = _merged_metadata([part.metadata for part in parts])
         table = _merged_table([part._table for part in parts])
-        kept = all(part.samples is not None for part in parts)
-        return cls(table, metadata, samples=_merged_samples(parts, table) if kept else None)
+        return cls(table, metadata, samples=_merged_samples(parts, table))
 
     @property
     def table(self) -> pd.DataFrame:
@@ -576,7 +581,7 @@ def _by_score(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_k(k, available: int, what: str = "heads with a score") -> int:
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 0 <= k <= available:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 0 <= int(k) <= available:
         raise ScoresError(f"k={k!r}: a whole number from 0 to {available}, the number of {what}.")
     return int(k)
 
@@ -647,12 +652,15 @@ def _check_agrees(rows: pd.DataFrame, name: str):
 
 def _merged_samples(
     parts: list[HeadScores], table: pd.DataFrame
-) -> Float[np.ndarray, "prompt row"]:
+) -> Float[np.ndarray, "prompt row"] | None:
+    """Samples one below the other, in the rows of `table`; None unless every part kept them."""
     rows = {head: row for row, head in enumerate(_heads(table))}
     pieces = []
     for part in parts:
-        piece = np.full((len(part.samples), len(rows)), np.nan)
-        piece[:, [rows[head] for head in part.heads]] = part.samples
+        if (samples := part.samples) is None:
+            return None
+        piece = np.full((len(samples), len(rows)), np.nan)
+        piece[:, [rows[head] for head in part.heads]] = samples
         pieces.append(piece)
     return np.concatenate(pieces)
 

@@ -149,15 +149,16 @@ def test_scores_plot_themselves():
 
 def test_profile_draws_each_series_with_its_band_and_names_the_peaks():
     values = np.full(50, 0.01)
-    values[[0, 20, 21]] = [0.9, 0.5, 0.4]
+    values[[0, 40]] = [0.9, 0.1]
+    values[20:26] = np.linspace(0.5, 0.3, 6)  # a slope is no peak, however high
     tokens = [f" w{i}" for i in range(50)]
     figure = figures.profile(
-        np.arange(50), values, tokens=tokens, low=values / 2, high=values * 2, peaks=2
+        np.arange(50), values, tokens=tokens, low=values / 2, high=values * 2, peaks=3
     )
     band, line, names = figure.data
     assert band.fill == "toself" and len(band.x) == 100
     np.testing.assert_allclose(line.y, values, rtol=1e-6)
-    assert list(names.x) == [0, 20] and list(names.text) == ["w0", "w20"]
+    assert list(names.x) == [0, 20, 40] and list(names.text) == ["w0", "w20", "w40"]
 
 
 def test_profile_takes_the_columns_of_a_long_table():
@@ -226,7 +227,7 @@ def test_scatter_and_histogram_hold_their_points():
     figure = figures.scatter(np.arange(3), np.arange(3) * 2, ["L0H0", "L0H1", "L0H2"])
     assert list(figure.data[0].text) == ["L0H0", "L0H1", "L0H2"]
     with pytest.raises(FigureError, match="one length"):
-        figures.scatter(np.arange(3), np.arange(2))
+        figures.scatter(np.arange(3), np.arange(3), ["L0H0"])
     figure = figures.histogram(np.array([0.0, 0.1, 0.9, np.nan]), bins=2, threshold=0.5)
     assert list(figure.data[0].y) == [2, 1]
     assert figure.layout.shapes[0].x0 == 0.5

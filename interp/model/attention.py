@@ -13,7 +13,7 @@ Edits return a new `Attention` and compose: logit edits first, weight edits afte
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import wraps
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,22 @@ from interp.model.edits import Bias, Block, Edit, EditError, Rescale, SetRows, T
 # Weights in a block: enough for the matrix product to be fast, few enough to stay in the cache.
 BLOCK_ELEMENTS = 1 << 20
 
+# Indices, flags (a tensor of booleans), a slice, or None: all.
 Chosen = Sequence[int] | Tensor | slice | None
+
+
+def kept(compute: Callable) -> property:
+    """A cached property; what was computed without gradients does not serve where they are on."""
+
+    @wraps(compute)
+    def value(self):
+        key = compute.__name__, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        values = self.__dict__.setdefault("_kept", {})
+        if key not in values:
+            values[key] = compute(self)
+        return values[key]
+
+    return property(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +119,10 @@ class Attention:
         self, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
         """The pattern that `scores` (as `scores()` gives them, perhaps changed) would make."""
-        sees = (scores > torch.finfo(scores.dtype).min).any(-1, keepdim=True)
-        return self._edit_weights(self._softmax(scores, self._whole) * sees, self._whole)
+        weights = self._softmax(scores, self._whole) * sees_something(scores)
+        return self._edit_weights(weights, self._whole)
 
-    @cached_property
+    @kept
     def lse(self) -> Float[Tensor, "batch head query"]:
         """Log-sum-exp of each row's logits (and of the sink logit where there is one), float32."""
         if self._fused is not None and not self.edits:
@@ -255,7 +270,7 @@ class Attention:
         parts = [w @ values[..., : w.shape[-1], :] for _, w in self.blocks(heads)]
         return torch.cat(parts, dim=2).to(self.v.dtype)
 
-    @cached_property
+    @kept
     def _unedited_output(self) -> Float[Tensor, "batch head query d_value"]:
         if self._fused is not None:
             return self._fused[0]
@@ -266,7 +281,7 @@ class Attention:
             self.q, k, v, self.mask, scale=self.scale, is_causal=self.causal and self.mask is None
         )
 
-    @cached_property
+    @kept
     def _fused(self) -> tuple[Tensor, Tensor] | None:
         """(z, lse) in one go from the CPU's flash kernel, where that is exact.
 
@@ -291,12 +306,14 @@ class Attention:
     def row_blocks(self, heads: Tensor | None, queries: Chosen = None) -> Iterator[Block]:
         n_heads = self.n_heads if heads is None else len(heads)
         size = max(1, BLOCK_ELEMENTS // max(1, self.q.shape[0] * n_heads * self.n_keys))
-        later_hidden = self.causal and self.mask is None
+        whole_rows = any(isinstance(edit, SetRows) and edit.any_key for edit in self.edits)
+        later_hidden = self.causal and self.mask is None and not whole_rows
         for rows in self._index(queries, self.n_queries, "queries").split(size):
-            yield Block(heads, rows, int(rows.max()) + 1 if later_hidden else self.n_keys)
+            last = int(rows.max()) if later_hidden and len(rows) else self.n_keys - 1
+            yield Block(heads, rows, last + 1)
 
     def _logits(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
-        """Scaled, soft-capped, edited; not yet masked."""
+        """Scaled, soft-capped, with a float mask's numbers, edited; nothing hidden yet."""
         q = self.q if block.heads is None else self.q[:, block.heads]
         q = q[:, :, block.rows].float() * self.scale
         k = self._keys_transposed[..., : block.n_keys]
@@ -308,19 +325,21 @@ class Attention:
             logits = (stacked @ k).view(*q.shape[:3], block.n_keys)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            logits = logits + block.of(self.mask).float()
         for edit in self.edits:
             if edit.on_logits:
                 logits = edit.apply(logits, block, None)
         return logits
 
-    @cached_property
+    @kept
     def _keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
         return self.k.float().transpose(2, 3)
 
     def visible(self, block: Block) -> Bool[Tensor, "#batch #head rows seen_keys"] | None:
         """Which keys each row may see; None: all."""
         if self.mask is not None:
-            mask = self.mask[:, :, block.rows]
+            mask = block.of(self.mask)
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         if not self.causal:
             return None
@@ -328,20 +347,21 @@ class Attention:
         return (keys <= block.rows[:, None])[None, None]
 
     def _masked(self, logits: Tensor, block: Block) -> Tensor:
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            logits = logits + self.mask[:, :, block.rows].float()
+        """Hidden keys get the lowest finite number, and so do those that an edit hid with −inf."""
+        lowest = torch.finfo(logits.dtype).min
         visible = self.visible(block)
-        if visible is None:
-            return logits
-        return logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, lowest)
+        return logits.clamp_min(lowest) if self.edits else logits
 
     def _weights(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
         if self._fused is not None and not any(edit.on_logits for edit in self.edits):
             weights = self._weights_from_lse(block)
         else:
-            weights = self._softmax(self._masked(self._logits(block), block), block)
-            if self.mask is not None:  # a row that sees nothing has no weights, not uniform ones
-                weights = weights * self.visible(block)
+            logits = self._masked(self._logits(block), block)
+            weights = self._softmax(logits, block)
+            if self.mask is not None or self.edits:
+                weights = weights * sees_something(logits)
         return self._edit_weights(weights, block)
 
     def _edit_weights(self, weights: Tensor, block: Block) -> Tensor:
@@ -355,7 +375,7 @@ class Attention:
         weights = self._logits(block).sub_(lse[:, :, block.rows, None]).exp_()
         visible = self.visible(block)
         if visible is not None:  # the first row sees all keys up to itself
-            first = int(block.rows.min())
+            first = int(block.rows.min()) if len(block.rows) else 0
             weights[..., first:].masked_fill_(~visible[..., first:], 0.0)
         return weights
 
@@ -377,6 +397,8 @@ class Attention:
             return every
         if isinstance(chosen, slice):
             return every[chosen]
+        if torch.is_tensor(chosen) and chosen.dtype == torch.bool:
+            chosen = chosen.nonzero().flatten()
         index = torch.as_tensor(chosen, dtype=torch.long, device=self.q.device).reshape(-1)
         if len(index) and not (-size <= int(index.min()) and int(index.max()) < size):
             raise IndexError(f"{name}={index.tolist()}: this layer has 0-{size - 1}.")
@@ -403,3 +425,10 @@ def whole_layer(selection: Bool[Tensor, "..."]) -> Bool[Tensor, "#batch #head #q
     if selection.dim() == 2:
         return selection[:, None, None]
     return selection[(None,) * (4 - selection.dim())]
+
+
+def sees_something(
+    logits: Float[Tensor, "batch heads rows seen_keys"],
+) -> Bool[Tensor, "batch heads rows 1"]:
+    """A row that sees no key has no weights; its softmax alone would make them uniform."""
+    return (logits > torch.finfo(logits.dtype).min).any(-1, keepdim=True)

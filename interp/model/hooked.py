@@ -12,7 +12,7 @@ from typing import Any
 from warnings import warn
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -151,6 +151,35 @@ class HookedModel(TransformerBridge):
         if "logits_to_keep" in signature(self.original_model.forward).parameters:
             kwargs.setdefault("logits_to_keep", 1)
         self(input_ids, attention_mask=attention_mask, return_type=None, use_cache=False, **kwargs)
+
+    @torch.no_grad()
+    def last_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, n: int
+    ) -> Float[Tensor, "batch n vocab"]:
+        """Logits of the last `n` columns, float32; the others are not computed if that can be."""
+        keep = {}
+        if "logits_to_keep" in signature(self.original_model.forward).parameters:
+            keep["logits_to_keep"] = n
+        logits = self(input_ids, attention_mask=attention_mask, use_cache=False, **keep)
+        return logits[:, -n:].float()
+
+    @torch.no_grad()
+    def continue_greedily(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> Int[Tensor, "batch new"]:
+        """What the model writes on, by Hugging Face's greedy `generate` with the KV cache.
+
+        Rows that end early are filled up with the pad token.
+        """
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        out = self.original_model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0 if pad is None else pad,
+        )
+        return out[:, input_ids.shape[1] :]
 
     @contextmanager
     def intervene(self, *interventions) -> Iterator["HookedModel"]:

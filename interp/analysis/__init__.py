@@ -1,0 +1,1 @@
+"""Analysis passes: each attaches hooks, runs the model, detaches, and hands a table back."""

@@ -1,0 +1,308 @@
+"""How well a model does on prompts, and what an intervention changes, each with an interval.
+
+Teacher-forced (the default): the prompt and its answer go through the model once; an answer is
+right when every one of its tokens is the argmax. `generate=True`: the model writes on greedily, and
+an answer is right when it is what comes first. Shares have Wilson intervals, means and paired
+differences bootstrap intervals (percentile, resampled over prompts).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from scipy.stats import binomtest, bootstrap
+from torch import Tensor
+
+from interp.errors import UserError
+from interp.model.hooked import HookedModel
+from interp.tasks.prompts import as_prompts, describe
+
+METRICS = ("accuracy", "loss", "logit_diff")
+RESAMPLES = 2000
+
+
+class EvaluationError(UserError):
+    """Something that can't be measured on these prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One row a prompt in `table`: `correct`, `loss` (nats a token), `logit_diff` (with choices).
+
+    `loss` is the answer's, or the whole text's where a prompt has no answer. `logit_diff` is the
+    logit of the right choice's first token minus the largest of the wrong ones.
+    """
+
+    table: pd.DataFrame
+    metadata: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of prompts answered right; NaN where prompts have no answers."""
+        return self._mean("accuracy")
+
+    @property
+    def loss(self) -> float:
+        """Mean over prompts of the mean negative log-likelihood, nats per token."""
+        return self._mean("loss")
+
+    @property
+    def logit_diff(self) -> float:
+        """Mean over prompts; NaN where prompts have no choices."""
+        return (
+            float(self.table["logit_diff"].mean()) if "logit_diff" in self.table else float("nan")
+        )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy (of the loss where there is none)."""
+        row = self.summary().iloc[0]
+        return row["low"], row["high"]
+
+    def summary(self) -> pd.DataFrame:
+        """One row a metric: `metric, value, low, high, n`."""
+        rows = []
+        for metric in METRICS:
+            values = metric_values(self.table, metric)
+            if values is not None:
+                low, high = _interval(metric, values)
+                row = {"metric": metric, "value": values.mean(), "low": low, "high": high}
+                rows.append(row | {"n": len(values)})
+        return pd.DataFrame(rows)
+
+    def by(self, *columns: str) -> pd.DataFrame:
+        """The summary within each group of prompts, e.g. `by("length", "depth")`."""
+        missing = [column for column in columns if column not in self.table]
+        if missing:
+            has = ", ".join(self.table.columns)
+            raise EvaluationError(f"by={missing[0]!r}: the prompts have no such column; {has}.")
+        groups = self.table.groupby(list(columns), sort=True)
+        parts = [
+            Evaluation(group, {}).summary().assign(**dict(zip(columns, key, strict=True)))
+            for key, group in groups
+        ]
+        return pd.concat(parts, ignore_index=True)[
+            [*columns, "metric", "value", "low", "high", "n"]
+        ]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{r.metric} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
+            for r in self.summary().itertuples()
+        ]
+        how = "generated" if self.metadata.get("generate") else "teacher-forced"
+        return f"Evaluation({'; '.join(lines)}; {len(self.table)} prompts, {how})"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The same prompts under several conditions: `evaluations` by name, the first the reference."""
+
+    evaluations: dict[str, Evaluation]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a condition and metric: `condition, metric, value, low, high, n`."""
+        parts = [e.summary().assign(condition=name) for name, e in self.evaluations.items()]
+        return pd.concat(parts, ignore_index=True)[
+            ["condition", "metric", "value", "low", "high", "n"]
+        ]
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """Each condition minus the first, paired by prompt; columns as in `table`."""
+        (_, first), *others = self.evaluations.items()
+        rows = []
+        for name, other in others:
+            for metric in METRICS:
+                before = metric_values(first.table, metric)
+                after = metric_values(other.table, metric)
+                if before is not None and after is not None:
+                    difference = after - before
+                    low, high = _bootstrap(difference)
+                    row = {"condition": name, "metric": metric, "value": difference.mean()}
+                    rows.append(row | {"low": low, "high": high, "n": len(difference)})
+        return pd.DataFrame(rows)
+
+    def plot(self, **options):
+        """Dots with intervals, one panel a metric (see `interp.figures.conditions`)."""
+        from interp import figures
+
+        return figures.conditions(self.table, **options)
+
+    def __repr__(self) -> str:
+        lines = [f"{name}: {evaluation!r}" for name, evaluation in self.evaluations.items()]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: HookedModel,
+    prompts: str | Sequence[str] | Dataset,
+    *,
+    generate: bool = False,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Evaluation:
+    """Accuracy, loss and logit difference of `model` (as it is now, interventions and all).
+
+    Raises `EvaluationError` where some prompts have answers and some have none, or the model's
+    numbers are not finite.
+    """
+    prompts = as_prompts(model, prompts)
+    answered = [len(ids) > 0 for ids in prompts["answer_ids"]]
+    if any(answered) and not all(answered):
+        first = answered.index(False)
+        raise EvaluationError(f"prompts: {first} has no answer, and others have one.")
+    if generate and not all(answered):
+        raise EvaluationError("generate=True: the prompts have no answers to compare with.")
+    desc = "evaluate" if progress else None
+    if not all(answered):
+        table = _text_losses(model, prompts, batch_size, desc)
+    elif generate:
+        table = _generated(model, prompts, batch_size, desc)
+    else:
+        table = _forced(model, prompts, batch_size, desc)
+    _check_finite(table, model)
+    kept = [
+        c for c in prompts.column_names if c not in ("text", "input_ids", "answer_ids", "spans")
+    ]
+    about = prompts.select_columns(kept).to_pandas()
+    metadata = {"task": describe(prompts), "generate": generate, **model.provenance()}
+    return Evaluation(pd.concat([about, table], axis=1), metadata)
+
+
+def compare(
+    model: HookedModel,
+    prompts: str | Sequence[str] | Dataset,
+    conditions: Mapping[str, Any],
+    **settings,
+) -> Comparison:
+    """Evaluate the same prompts under each condition: a name -> intervention, or several, or [].
+
+    The first condition is what the others are compared with. `settings` go to `evaluate`.
+    """
+    if not conditions:
+        raise EvaluationError("conditions: give at least one, such as {'none': []}.")
+    prompts = as_prompts(model, prompts)
+    found = {}
+    for name, interventions in conditions.items():
+        with model.intervene(interventions):
+            found[name] = evaluate(model, prompts, **settings)
+    return Comparison(found)
+
+
+def metric_values(table: pd.DataFrame, metric: str) -> Float[np.ndarray, " prompt"] | None:
+    """Each prompt's value of a metric; None where it was not measured."""
+    column = {"accuracy": "correct"}.get(metric, metric)
+    return table[column].to_numpy(float) if column in table else None
+
+
+def answer_rows(
+    answers: Sequence[Sequence[int]], device
+) -> tuple[Int[Tensor, "batch answer"], Tensor]:
+    """Answers padded on the left to one width, and which entries are real."""
+    width = max(len(answer) for answer in answers)
+    padded = [[0] * (width - len(a)) + list(a) for a in answers]
+    real = [[False] * (width - len(a)) + [True] * len(a) for a in answers]
+    return torch.tensor(padded, device=device), torch.tensor(real, device=device)
+
+
+def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
+    answers = prompts["answer_ids"]
+    # the last answer token predicts nothing that is asked for
+    lists = [[*p, *a[:-1]] for p, a in zip(prompts["input_ids"], answers, strict=True)]
+    choices = _first_choice_tokens(model, prompts)
+    rows: dict[int, dict] = {}
+    for batch in model.batches(lists, batch_size, desc):
+        index = batch.index.tolist()
+        target, real = answer_rows([answers[i] for i in index], batch.input_ids.device)
+        logits = model.last_logits(batch.input_ids, batch.attention_mask, target.shape[1])
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        loss = (loss * real).sum(1) / real.sum(1)
+        correct = ((logits.argmax(-1) == target) | ~real).all(1)
+        first = real.int().argmax(1)
+        for row, i in enumerate(index):
+            rows[i] = {"correct": bool(correct[row]), "loss": float(loss[row])}
+            if choices is not None:
+                rows[i]["logit_diff"] = _logit_diff(logits[row, first[row]], *choices[i])
+    return pd.DataFrame([rows[i] for i in range(len(lists))])
+
+
+def _generated(model, prompts, batch_size, desc) -> pd.DataFrame:
+    answers = prompts["answer_ids"]
+    rows: dict[int, dict] = {}
+    for batch in model.batches(prompts["input_ids"], batch_size, desc):
+        index = batch.index.tolist()
+        longest = max(len(answers[i]) for i in index)
+        new = model.continue_greedily(batch.input_ids, batch.attention_mask, longest)
+        for row, i in enumerate(index):
+            written = new[row, : len(answers[i])].tolist()
+            text = model.tokenizer.decode(new[row], skip_special_tokens=True)
+            rows[i] = {"correct": written == list(answers[i]), "generated": text}
+    return pd.DataFrame([rows[i] for i in range(len(prompts))])
+
+
+def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
+    losses: dict[int, float] = {}
+    for batch in model.batches(prompts["input_ids"], batch_size, desc):
+        ids, mask = batch.input_ids, batch.attention_mask
+        logits = model.last_logits(ids, mask, ids.shape[1])[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+        told = mask[:, :-1]  # a token is predicted from a real one
+        mean = (loss * told).sum(1) / told.sum(1)
+        losses |= dict(zip(batch.index.tolist(), mean.tolist(), strict=True))
+    return pd.DataFrame({"loss": [losses[i] for i in range(len(prompts))]})
+
+
+def _first_choice_tokens(model, prompts) -> list[tuple[int, list[int]]] | None:
+    """For each prompt the first token of the right choice and of the wrong ones."""
+    if "choices" not in prompts.column_names:
+        return None
+    found = []
+    for row in prompts:
+        firsts = {c: _continuation(model, row, c) for c in row["choices"]}
+        right = row["answer_ids"][0]
+        found.append((right, sorted({t for t in firsts.values() if t != right})))
+    return found
+
+
+def _continuation(model, row: dict, choice: str) -> int:
+    with_choice = model.tokenizer(row["text"] + choice).input_ids
+    return with_choice[len(row["input_ids"])]
+
+
+def _logit_diff(logits: Tensor, right: int, wrong: list[int]) -> float:
+    return float(logits[right] - logits[wrong].max()) if wrong else float("nan")
+
+
+def _check_finite(table: pd.DataFrame, model: HookedModel) -> None:
+    if "loss" in table and not np.isfinite(table["loss"]).all():
+        first = int((~np.isfinite(table["loss"])).to_numpy().argmax())
+        raise EvaluationError(
+            f"prompts: the loss on prompt {first} is {table['loss'][first]}; the activations of "
+            f"{model.name} are not finite there (dtype {model.original_model.dtype})."
+        )
+
+
+def _interval(metric: str, values: np.ndarray) -> tuple[float, float]:
+    if metric == "accuracy":
+        found = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    return _bootstrap(values)
+
+
+def _bootstrap(values: Float[np.ndarray, " prompt"]) -> tuple[float, float]:
+    """95 % percentile interval of the mean; a single prompt, or no spread, has none."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    found = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -1,0 +1,1 @@
+"""Interventions: frozen descriptions of an edit, applied by `model.intervene(...)`."""
