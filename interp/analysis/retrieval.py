@@ -7,10 +7,10 @@ last prompt token) and j_t the key that a head attends to most there. The head *
 
 Its score on one prompt, three ways (`form`):
 
-- "count": number of copying rows / (e - s), as the authors' code has it; a repeated token counts
-  again, so it can exceed 1.
-- "set": number of distinct tokens copied / number of distinct tokens in x[s:e], as the paper has it.
-- "positions": number of distinct source positions copied / (e - s); at most 1.
+- "count": copying rows / (e - s), as the authors' code has it; a repeated token counts again, so
+  it can exceed 1.
+- "set": distinct tokens copied / distinct tokens in x[s:e], as the paper has it.
+- "positions": distinct source positions copied / (e - s); at most 1.
 
 The head's score is the mean over prompts that the model answers (success filter). `how="forced"`
 reads all rows in one pass over prompt and reference answer, and takes a prompt as answered when
