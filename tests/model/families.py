@@ -1,4 +1,4 @@
-"""Tiny random models of every family whose attention is a trap of its own, as Hugging Face has them.
+"""Tiny random models of each family whose attention is a trap of its own, as Hugging Face has it.
 
 Weights are scaled up so that patterns are far from uniform and edits move the logits.
 """

@@ -1,4 +1,4 @@
-"""Edits of attention, against the same edit made on each weight by hand (tests/model/by_hand.py)."""
+"""Edits of attention, against the same edit made weight by weight (tests/model/by_hand.py)."""
 
 import math
 from dataclasses import replace
