@@ -54,9 +54,11 @@ class Evaluation:
     @property
     def logit_diff(self) -> float:
         """Mean over prompts; NaN where prompts have no choices."""
-        return (
-            float(self.table["logit_diff"].mean()) if "logit_diff" in self.table else float("nan")
-        )
+        return self._mean("logit_diff")
+
+    def _mean(self, metric: str) -> float:
+        values = metric_values(self.table, metric)
+        return float("nan") if values is None else float(values.mean())
 
     @property
     def interval(self) -> tuple[float, float]:

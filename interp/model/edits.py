@@ -44,9 +44,9 @@ class Bias:
     """logits + delta at the chosen heads, queries and keys."""
 
     delta: Float[Tensor, "#batch #head #query #key"] | Callable[[Tensor], Tensor]
-    heads: Bool[Tensor, "1 #head 1 1"]
-    queries: Bool[Tensor, "1 1 #query 1"]
-    keys: Bool[Tensor, "1 1 1 #key"]
+    heads: Bool[Tensor, "1 heads 1 1"]
+    queries: Bool[Tensor, "1 1 queries 1"]
+    keys: Bool[Tensor, "1 1 1 keys"]
     on_logits: ClassVar[bool] = True
 
     def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ class Temperature:
     """logits / temperature, per head and query; 1 where a head is not chosen."""
 
     temperature: Float[Tensor, "#batch head #query 1"]
-    heads: Bool[Tensor, "1 #head 1 1"]
+    heads: Bool[Tensor, "1 heads 1 1"]
     on_logits: ClassVar[bool] = True
 
     def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ class Rescale:
     receivers: Bool[Tensor, "#batch #head #query key"]
     factor: Float[Tensor, "#batch #head #query 1"]
     rows: Bool[Tensor, "#batch #head #query 1"]
-    heads: Bool[Tensor, "1 #head 1 1"]
+    heads: Bool[Tensor, "1 heads 1 1"]
     on_logits: ClassVar[bool] = False
 
     def apply(self, weights: Tensor, block: Block, visible: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ class SetRows:
 
     weights: Float[Tensor, "#batch #head #query key"] | None
     rows: Bool[Tensor, "#batch #head #query 1"]
-    heads: Bool[Tensor, "1 #head 1 1"]
+    heads: Bool[Tensor, "1 heads 1 1"]
     on_logits: ClassVar[bool] = False
 
     @property
