@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
@@ -35,7 +35,8 @@ class Evaluation:
     """One row a prompt in `table`: `correct`, `loss` (nats a token), `logit_diff` (with choices).
 
     `loss` is the answer's, or the whole text's where a prompt has no answer. `logit_diff` is the
-    logit of the right choice's first token minus the largest of the wrong ones.
+    logit of the right choice's first token minus the largest of the wrong ones; NaN, and left out
+    of means, where a prompt's choices all begin with the same token.
     """
 
     table: pd.DataFrame
@@ -70,8 +71,8 @@ class Evaluation:
         """One row a metric: `metric, value, low, high, n`."""
         rows = []
         for metric in METRICS:
-            values = metric_values(self.table, metric)
-            if values is not None:
+            values = _known(metric_values(self.table, metric))
+            if len(values):
                 low, high = _interval(metric, values)
                 row = {"metric": metric, "value": values.mean(), "low": low, "high": high}
                 rows.append(row | {"n": len(values)})
@@ -125,7 +126,9 @@ class Comparison:
                 before = metric_values(first.table, metric)
                 after = metric_values(other.table, metric)
                 if before is not None and after is not None:
-                    difference = after - before
+                    difference = _known(after - before)
+                    if not len(difference):
+                        continue
                     low, high = _bootstrap(difference)
                     row = {"condition": name, "metric": metric, "value": difference.mean()}
                     rows.append(row | {"low": low, "high": high, "n": len(difference)})
@@ -156,7 +159,8 @@ def evaluate(
     numbers are not finite.
     """
     prompts = as_prompts(model, prompts)
-    answered = [len(ids) > 0 for ids in prompts["answer_ids"]]
+    has_answers = "answer_ids" in prompts.column_names
+    answered = [bool(ids) for ids in prompts["answer_ids"]] if has_answers else [False]
     if any(answered) and not all(answered):
         first = answered.index(False)
         raise EvaluationError(f"prompts: {first} has no answer, and others have one.")
@@ -193,7 +197,7 @@ def compare(
     prompts = as_prompts(model, prompts)
     found = {}
     for name, interventions in conditions.items():
-        with model.intervene(interventions):
+        with model.intervene(interventions or []):
             found[name] = evaluate(model, prompts, **settings)
     return Comparison(found)
 
@@ -204,6 +208,11 @@ def metric_values(table: pd.DataFrame, metric: str) -> Float[np.ndarray, " promp
     return table[column].to_numpy(float) if column in table else None
 
 
+def _known(values: Float[np.ndarray, " prompt"] | None) -> Float[np.ndarray, " known"]:
+    """Without the prompts that say nothing (NaN)."""
+    return np.empty(0) if values is None else values[~np.isnan(values)]
+
+
 def answer_rows(
     answers: Sequence[Sequence[int]], device
 ) -> tuple[Int[Tensor, "batch answer"], Tensor]:
@@ -212,6 +221,13 @@ def answer_rows(
     padded = [[0] * (width - len(a)) + list(a) for a in answers]
     real = [[False] * (width - len(a)) + [True] * len(a) for a in answers]
     return torch.tensor(padded, device=device), torch.tensor(real, device=device)
+
+
+def written_by(model: HookedModel, new: Int[Tensor, "batch new"]) -> Bool[Tensor, "batch new"]:
+    """Which generated tokens come before an end-of-sequence token; what follows is filling."""
+    ends = model.original_model.generation_config.eos_token_id
+    ends = torch.tensor([-1] if ends is None else ends, device=new.device)
+    return torch.isin(new, ends).cumsum(1) == 0
 
 
 def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
@@ -225,7 +241,7 @@ def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
         target, real = answer_rows([answers[i] for i in index], batch.input_ids.device)
         logits = model.last_logits(batch.input_ids, batch.attention_mask, target.shape[1])
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        loss = (loss * real).sum(1) / real.sum(1)
+        loss = torch.where(real, loss, 0).sum(1) / real.sum(1)
         correct = ((logits.argmax(-1) == target) | ~real).all(1)
         first = real.int().argmax(1)
         for row, i in enumerate(index):
@@ -244,12 +260,18 @@ def _generated(model, prompts, batch_size, desc) -> pd.DataFrame:
         new = model.continue_greedily(batch.input_ids, batch.attention_mask, longest)
         for row, i in enumerate(index):
             written = new[row, : len(answers[i])].tolist()
-            text = model.tokenizer.decode(new[row], skip_special_tokens=True)
+            told = new[row][written_by(model, new)[row]]
+            text = model.tokenizer.decode(told, skip_special_tokens=True)
             rows[i] = {"correct": written == list(answers[i]), "generated": text}
     return pd.DataFrame([rows[i] for i in range(len(prompts))])
 
 
 def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
+    short = [n for n, ids in enumerate(prompts["input_ids"]) if len(ids) < 2]
+    if short:
+        raise EvaluationError(
+            f"prompts: prompt {short[0]} has one token, and a loss needs two; give a longer text."
+        )
     losses: dict[int, float] = {}
     for batch in model.batches(prompts["input_ids"], batch_size, desc):
         ids, mask = batch.input_ids, batch.attention_mask
@@ -257,8 +279,8 @@ def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
         loss = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), ids[:, 1:], reduction="none"
         )
-        told = mask[:, :-1]  # a token is predicted from a real one
-        mean = (loss * told).sum(1) / told.sum(1)
+        told = mask[:, :-1].bool()  # a token is predicted from a real one
+        mean = torch.where(told, loss, 0).sum(1) / told.sum(1)
         losses |= dict(zip(batch.index.tolist(), mean.tolist(), strict=True))
     return pd.DataFrame({"loss": [losses[i] for i in range(len(prompts))]})
 
@@ -276,8 +298,16 @@ def _first_choice_tokens(model, prompts) -> list[tuple[int, list[int]]] | None:
 
 
 def _continuation(model, row: dict, choice: str) -> int:
-    with_choice = model.tokenizer(row["text"] + choice).input_ids
-    return with_choice[len(row["input_ids"])]
+    """The token that would follow the prompt if `choice` did."""
+    prompt = row["input_ids"]
+    for special in (True, False):  # a chat's text has its special tokens already
+        ids = model.tokenizer(row["text"] + choice, add_special_tokens=special).input_ids
+        if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
+            return ids[len(prompt)]
+    raise EvaluationError(
+        f"choices: {choice!r} does not follow {row['text'][-20:]!r} as a token of its own; begin "
+        "the choices with the space."
+    )
 
 
 def _logit_diff(logits: Tensor, right: int, wrong: list[int]) -> float:

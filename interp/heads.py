@@ -17,10 +17,8 @@ import copy
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -34,6 +32,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from interp.errors import UserError
+from interp.files import write_atomically
 from interp.provenance import plain
 
 FORMAT = "interp.head_scores"
@@ -390,11 +389,18 @@ class HeadScores:
         if path.suffix not in (".parquet", ".json"):
             raise ScoresError(f"path {path.name}: must end in .parquet or .json.")
         published = json.dumps(self._as_published()) if path.suffix == ".json" else None
-        with _written_whole(path) as file:
+
+        def write(temporary: Path) -> None:
             if published is None:
-                pq.write_table(self._as_arrow(), file, compression="zstd")
-            else:
-                file.write(f"{published}\n".encode())  # readers call json.loads(file.readline())
+                pq.write_table(self._as_arrow(), temporary, compression="zstd")
+            else:  # on one line: readers call json.loads(file.readline())
+                temporary.write_text(f"{published}\n", encoding="utf-8")
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write)
+        except OSError as error:
+            raise ScoresError(f"{path}: cannot be written ({error.strerror or error}).") from error
         return path
 
     @classmethod
@@ -513,6 +519,10 @@ class HeadScores:
             f"{head.layer}-{head.head}": values[~np.isnan(values)].tolist()
             for head, values in zip(self.heads, samples.T)
         }
+
+
+# What users may write for heads; `heads_of` reads all of them.
+HeadsLike = Head | HeadScores | str | Iterable
 
 
 def as_numpy(values: Shaped[Any, "..."]) -> Float[np.ndarray, "..."]:
@@ -700,29 +710,6 @@ def _without(metadata: dict, keys: tuple[str, ...]) -> dict:
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextmanager
-def _written_whole(path: Path):
-    """A file that takes the name `path` only when all is written: a killed run leaves no half."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is for its owner only
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise ScoresError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _load_parquet(path: Path) -> HeadScores:

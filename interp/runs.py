@@ -10,12 +10,9 @@ others are computed again, and the final table is the one of a run that was neve
 
 import hashlib
 import json
-import os
-import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from interp.errors import UserError
+from interp.files import write_atomically, write_json
+from interp.provenance import plain, versions
 
 FORMAT = "interp.run"
 VERSION = 1
-PACKAGES = ("interp", "torch", "transformers", "transformer-lens")
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -186,36 +184,6 @@ class Run:
         write_json(self.folder / "run.json", self.record)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` as readable JSON, whole or not at all."""
-    text = json.dumps(value, indent=2, default=plain) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file, and give it the name `path` once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk, where the system can do that."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What run.json shall say now: one session more. Raises `RunError` for another run's folder."""
     run = digest(settings)
@@ -314,32 +282,12 @@ def shorten(settings: dict[str, Any], key: str, width: int = 40) -> str:
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
     """`value` as JSON gives it back: tuples are lists, NumPy's numbers are Python's."""
-    return json.loads(json.dumps(value, default=plain))
-
-
-def plain(value: Any) -> Any:
-    """What JSON cannot say by itself: NumPy's scalars and arrays, and paths."""
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written to run.json")
+    return plain(value, "settings")
 
 
 def digest(settings: dict[str, Any]) -> str:
     """A hash of the settings, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a checkout that was never installed
-            found[package] = "unknown"
-    return found
 
 
 def now() -> str:

@@ -13,7 +13,9 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 import interp
-from interp.runs import Run, RunError, write_json
+from interp.files import write_json
+from interp.provenance import ProvenanceError
+from interp.runs import Run, RunError
 
 SETTINGS = {"model": "abc", "analysis": "sink_rate", "rule": {"key": 0, "threshold": 0.3}}
 N_ITEMS, SIZE = 22, 2
@@ -203,7 +205,7 @@ def test_settings_survive_json(tmp_path):
 
 
 def test_settings_that_json_cannot_say_are_named(tmp_path):
-    with pytest.raises(TypeError, match="of type object"):
+    with pytest.raises(ProvenanceError, match=r"settings\.model: a object"):
         Run.open(tmp_path, {"model": object()})
 
 
@@ -255,7 +257,7 @@ def test_an_unfinished_run_cannot_be_called_complete(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
+    with pytest.raises(ProvenanceError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from jaxtyping import Float
 
 from interp.heads import Head, HeadError, heads_of
 from interp.model.hooked import HookedModel
-from interp.tasks.prompts import as_prompts
+from interp.tasks.prompts import PromptError, as_prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +58,15 @@ def attention(
 
     Raises:
         HeadError: A layer or head that the model does not have.
+        PromptError: More than one prompt.
     """
-    prompt = as_prompts(model, text)[0]
+    prompts = as_prompts(model, text)
+    if len(prompts) != 1:
+        raise PromptError(f"text: {len(prompts)} prompts; the patterns of one are shown, give it.")
+    prompt = prompts[0]
     chosen = _chosen(model, layers, heads)
+    if not chosen:
+        raise HeadError("heads: none; leave it out for all heads of the layers.")
     model.check_heads(chosen)
     wanted = {
         layer: [h.head for h in chosen if h.layer == layer]
@@ -82,11 +89,13 @@ def attention(
 
 def _chosen(model: HookedModel, layers, heads) -> list[Head]:
     """The heads that `layers` and `heads` name together."""
-    if heads is not None and not all(isinstance(head, int) for head in heads):
+    if heads is not None and (
+        isinstance(heads, Head) or not all(isinstance(head, Integral) for head in heads)
+    ):
         if layers is not None:
             raise HeadError("layers: not together with heads that name their layer (L3H5).")
         return list(heads_of(heads))
-    layers = [0] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    layers = [0] if layers is None else [layers] if isinstance(layers, Integral) else list(layers)
     model.check_layers(layers)
     heads = range(model.cfg.n_heads) if heads is None else heads
     return [Head(layer, head) for layer in layers for head in heads]

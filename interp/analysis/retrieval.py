@@ -40,7 +40,7 @@ from torch import Tensor
 
 from interp.analysis.shards import in_shards
 from interp.errors import UserError
-from interp.evaluation import answer_rows
+from interp.evaluation import answer_rows, written_by
 from interp.heads import HeadScores
 from interp.model.attention import Attention
 from interp.model.hooked import HookedModel
@@ -169,10 +169,9 @@ def _generated(model: HookedModel, prompts: Dataset, span: str, limit: int) -> p
     look = Look(prompts, span, slice(-1, None))
     with model.hooks(fwd_hooks=look.hooks(model)):
         emitted = model.continue_greedily(batch.input_ids, batch.attention_mask, limit)
-    ends = model.original_model.generation_config.eos_token_id
-    ends = torch.tensor([-1] if ends is None else ends, device=emitted.device)
-    going = torch.isin(emitted, ends).cumsum(1) == 0
-    written = model.tokenizer.batch_decode(emitted, skip_special_tokens=True)
+    going = written_by(model, emitted)
+    told = [tokens[own].tolist() for tokens, own in zip(emitted, going, strict=True)]
+    written = model.tokenizer.batch_decode(told, skip_special_tokens=True)
     success = [_recall(a, w) > 0.5 for a, w in zip(prompts["answer"], written, strict=True)]
     texts = [[*p, *e] for p, e in zip(prompts["input_ids"], emitted.tolist(), strict=True)]
     return look.table(texts, emitted, going).assign(success=success, generated=written)
@@ -276,8 +275,12 @@ def _check(value: str, allowed: tuple[str, ...], name: str) -> None:
 
 def _check_spans(prompts: Dataset, span: str) -> None:
     for n, row in enumerate(prompts):
-        if not row["answer_ids"]:
+        if not row.get("answer_ids"):
             raise SpanError(f"prompts: prompt {n} has no answer to retrieve.")
-        if row["spans"].get(span) is None:
-            has = ", ".join(row["spans"])
+        spans = {name: place for name, place in (row.get("spans") or {}).items() if place}
+        if span not in spans:
+            has = ", ".join(spans) or "none"
             raise SpanError(f"span={span!r}: prompt {n} has no such span; it has {has}.")
+        (start, end), size = spans[span], len(row["input_ids"])
+        if not 0 <= start < end <= size:
+            raise SpanError(f"span={span!r}: prompt {n} has {size} tokens, not [{start}, {end}).")

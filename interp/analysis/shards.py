@@ -8,7 +8,7 @@ import pandas as pd
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from interp.runs import Run
+from interp.runs import Run, RunError
 
 
 def in_shards(
@@ -24,6 +24,8 @@ def in_shards(
 
     `settings` is all that the rows depend on: a folder with other settings is refused (`RunError`).
     """
+    if size < 1:
+        raise RunError(f"batch_size={size}: at least 1.")
     starts = range(0, len(prompts), size)
     slices = [slice(start, min(start + size, len(prompts))) for start in starts]
     bar = tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="prompt", leave=False)

@@ -254,9 +254,11 @@ def _check_finite(received: Tensor, layers: list[int], row: int, model: HookedMo
     bad = torch.isnan(received).flatten(1).any(1)
     if bad.any():
         layer = layers[int(bad.int().argmax())]
+        dtype = model.original_model.dtype
+        cure = "look at the weights" if dtype == torch.float32 else "load with dtype=float32"
         raise SinkError(
             f"prompts: the attention of layer {layer} is not a number (prompt {row} of its batch); "
-            f"the activations overflow in {model.original_model.dtype}: load with dtype=float32."
+            f"the activations overflow in {dtype}: {cure}."
         )
 
 

@@ -4,7 +4,8 @@ With z_i the head's output at token i (its mix of values, before W_O), four ways
 
 - `zero`: z_i = 0.
 - `mean`: z_i = the mean of z over the real tokens of given prompts (or of the batch at hand).
-- `resample`: z_i = z of another token of given prompts (or of the next prompt of the batch).
+- `resample`: z_i = z of another token of given prompts (or of the previous prompt of the batch:
+  the same column, or its nearest real token where that column is padding).
 - `uniform`: the head looks at all visible keys alike, z_i = mean of the values it may see; this is
   what masking a head means in the retrieval-head code (Wu et al. 2024, arXiv 2404.15574).
 
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.heads import Head, heads_of
+from interp.heads import Head, HeadsLike, heads_of
 from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.model.attention import Attention
 from interp.model.call import When
@@ -36,26 +37,32 @@ How = Literal["zero", "mean", "resample", "uniform"]
 class Ablate(Intervention):
     """Ablate `heads`; `how` as in the module's docstring, `when` says at which tokens.
 
+    `bank[i]` belongs to `heads[i]`, as given; both are then kept in the order of the heads. No
+    heads at all is allowed and does nothing, so that a sweep may start at 0.
+
     `mean` and `resample` without `bank` take their z from the batch that is running: then the
     result depends on the batch, and on a cached step from that step's tokens only. `Ablate.fit`
     fills `bank` from prompts: then a batch equals one by one, with and without the KV cache.
     """
 
-    heads: tuple[Head, ...]
+    heads: HeadsLike
     how: How = "zero"
     when: When = "both"
     bank: Float[Tensor, "head sample d_head"] | None = None
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "heads", tuple(sorted(heads_of(self.heads))))
+        heads = heads_of(self.heads)
+        object.__setattr__(self, "heads", tuple(sorted(heads)))
         for name, allowed in (("how", get_args(How)), ("when", get_args(When))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise InterventionError(f"{name}={value!r}: one of {', '.join(allowed)}.")
-        if self.bank is not None and len(self.bank) != len(self.heads):
-            have, need = len(self.bank), len(self.heads)
-            raise InterventionError(f"bank: rows for {have} heads, and there are {need}.")
+        if self.bank is not None:
+            self._check_numbers(self.bank)
+            if heads != self.heads:
+                order = sorted(range(len(heads)), key=heads.__getitem__)
+                object.__setattr__(self, "bank", self.bank[order])
 
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self.heads[:4])) + (", ..." if len(self.heads) > 4 else "")
@@ -63,7 +70,8 @@ class Ablate(Intervention):
         if self.how in ("mean", "resample"):
             source = " over given prompts" if self.bank is not None else " over the batch"
         when = {"both": "all", "prompt": "the prompt's", "generated": "generated"}[self.when]
-        return f"Ablate({len(self.heads)} heads: {shown}; {self.how}{source}; at {when} tokens)"
+        heads = f"{len(self.heads)} heads: {shown}" if self.heads else "no heads"
+        return f"Ablate({heads}; {self.how}{source}; at {when} tokens)"
 
     @classmethod
     def fit(
@@ -87,6 +95,8 @@ class Ablate(Intervention):
         if how not in ("mean", "resample"):
             raise InterventionError(f"how={how!r}: only mean and resample are fitted.")
         heads = tuple(sorted(heads_of(heads)))
+        if not heads:
+            return cls(heads, how, when, seed=seed)
         model.check_heads(heads)
         z = _collect_z(model, as_prompts(model, prompts)["input_ids"], heads, batch_size)
         if how == "mean":
@@ -113,6 +123,15 @@ class Ablate(Intervention):
             bank = None if self.bank is None else self.bank[rows]
             yield f"blocks.{layer}.attn.hook_z", partial(self._replace_z, model, index, bank)
 
+    def _check_numbers(self, bank: Tensor) -> None:
+        if self.how not in ("mean", "resample"):
+            raise InterventionError(f"bank: how={self.how!r} takes none; mean and resample do.")
+        if bank.dim() != 3 or len(bank) != len(self.heads) or not bank.shape[1]:
+            shape, need = list(bank.shape), len(self.heads)
+            raise InterventionError(f"bank: {shape}, and should be [{need} heads, samples, width].")
+        if not torch.isfinite(bank).all():
+            raise InterventionError("bank: holds NaN or infinite numbers.")
+
     def _check_bank(self, model: HookedModel) -> None:
         if self.bank is not None and self.bank.shape[2] != model.cfg.d_head:
             raise InterventionError(
@@ -123,7 +142,8 @@ class Ablate(Intervention):
     def _look_evenly(
         self, model: HookedModel, heads: list[int], attention: Attention, hook
     ) -> Attention:
-        return attention.set_rows(heads=heads, rows=model.call.rows(self.when))
+        rows = model.call.rows(self.when)
+        return attention.set_rows(heads=heads, rows=rows) if rows.any() else attention
 
     def _replace_z(
         self,
@@ -134,8 +154,10 @@ class Ablate(Intervention):
         hook,
     ) -> Float[Tensor, "batch pos head d_head"]:
         call = model.call
-        new = self._new_z(z[:, :, heads], bank, call.positions, call.real)
         rows = call.rows(self.when)[:, :, None, None]
+        if not rows.any():
+            return z
+        new = self._new_z(z[:, :, heads], bank, call.positions, call.real)
         index = torch.tensor(heads, device=z.device)
         return z.index_copy(2, index, torch.where(rows, new.to(z), z[:, :, heads]))
 
@@ -153,13 +175,17 @@ class Ablate(Intervention):
             sample = (positions * 7919 + self.seed * 104729) % bank.shape[1]
             return bank.to(z.device)[:, sample.to(z.device)].permute(1, 2, 0, 3)
         if self.how == "mean":
-            weight = real[:, :, None, None].to(z)
-            return (z * weight).sum((0, 1), keepdim=True) / weight.sum()
+            # float32: a sum over many tokens loses its last ones in bf16
+            return z[real].float().mean(0)[None, None]
         if len(z) == 1:
             raise InterventionError(
                 "how='resample': over the batch needs 2 or more prompts; use Ablate.fit(...)."
             )
-        return z.roll(1, dims=0)
+        donor, real = z.roll(1, dims=0), real.roll(1, dims=0).int()
+        column = torch.arange(z.shape[1], device=z.device).expand(real.shape)
+        first, last = real.argmax(1), z.shape[1] - 1 - real.flip(1).argmax(1)
+        column = column.clamp(first[:, None], last[:, None])
+        return donor.gather(1, column[:, :, None, None].expand_as(donor))
 
 
 def _collect_z(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,7 +85,9 @@ class Intervention(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = self._values()
-        tensors = {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+        tensors = {
+            k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)
+        }
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -106,7 +108,7 @@ class Intervention(ABC):
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path) -> "Intervention":
         """Read what `save_pretrained` wrote; raises `InterventionError` with the reason."""
         found = load_intervention(folder)
         if not isinstance(found, cls):
@@ -130,7 +132,11 @@ def load_intervention(folder: str | Path) -> Intervention:
     parameters = dict(record["parameters"])
     if "heads" in parameters:
         parameters["heads"] = heads_of(parameters["heads"])
-    return kind(**parameters, **_read_tensors(folder, record["tensors"]))
+    values = parameters | _read_tensors(folder, record["tensors"])
+    unknown = sorted(values.keys() - {field.name for field in fields(kind)})
+    if unknown:
+        raise InterventionError(f"{folder}: {kind.__name__} has no parameter {unknown[0]!r}.")
+    return kind(**values)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -139,14 +145,18 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise InterventionError(f"intervention={str(folder)!r}: no intervention.json there.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise InterventionError(f"{path}: not an intervention of ours ({error}).") from error
-    if not known or record["version"] > VERSION:
+        known = record["format"] == FORMAT and record["version"] <= VERSION
+        whole = {"type": str, "parameters": dict, "tensors": dict}
+        broken = [name for name, kind in whole.items() if not isinstance(record.get(name), kind)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InterventionError(f"{path}: not an intervention of ours ({error!r}).") from error
+    if not known:
         raise InterventionError(
-            f"{path}: format {record['format']} version {record.get('version')}; this interp reads "
+            f"{path}: format {record['format']} version {record['version']}; this interp reads "
             f"{FORMAT} up to version {VERSION}. Upgrade interp."
         )
+    if broken:
+        raise InterventionError(f"{path}: {broken[0]!r} is missing or damaged.")
     return record
 
 

@@ -23,8 +23,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from interp.model import statistics
 from interp.model.edits import Bias, Block, Edit, EditError, Rescale, SetRows, Temperature
 
-# Weights in a block: enough for the matrix product to be fast, few enough to stay in the cache.
-BLOCK_ELEMENTS = 1 << 20
+# Weights in a block: enough rows for the matrix product to be fast, few enough that the allocator
+# hands the same memory out again (from 32 MB on, glibc returns it to the system each time).
+BLOCK_ELEMENTS = 1 << 21
 
 # Indices, flags (a tensor of booleans), a slice, or None: all.
 Chosen = Sequence[int] | Tensor | slice | None
@@ -373,10 +374,10 @@ class Attention:
     def _weights_from_lse(self, block: Block) -> Tensor:
         lse = self._fused[1] if block.heads is None else self._fused[1][:, block.heads]
         weights = self._logits(block).sub_(lse[:, :, block.rows, None]).exp_()
-        visible = self.visible(block)
-        if visible is not None:  # the first row sees all keys up to itself
-            first = int(block.rows.min()) if len(block.rows) else 0
-            weights[..., first:].masked_fill_(~visible[..., first:], 0.0)
+        if self.causal and len(block.rows):  # the first row sees all keys up to itself
+            first = int(block.rows.min())
+            later = torch.arange(first, block.n_keys, device=block.rows.device)
+            weights[..., first:].masked_fill_(later > block.rows[:, None], 0.0)
         return weights
 
     def _softmax(self, logits: Tensor, block: Block) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Phase = Literal["prompt", "generated"]
 When = Literal["prompt", "generated", "both"]
@@ -16,7 +16,8 @@ class Call:
     """One forward pass. Tokens are those given to this pass; keys are all tokens seen so far.
 
     `prompt_width` is the number of columns of the prompt, padding included: tokens from there on
-    are generated, also where a whole sequence is passed again without a cache.
+    are generated, also where a whole sequence is passed again without a cache (in
+    `HookedModel.generate`). A prompt may come in chunks, of more than one token each.
     """
 
     input_ids: Int[Tensor, "batch token"] | None
@@ -72,8 +73,8 @@ class Running:
     passes: int = 0
     generating: int | None = None
 
-    def begin(self, args: tuple, kwargs: dict) -> None:
-        """Take down the facts of a call to the Hugging Face model."""
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Take down the facts of a call to the Hugging Face model (as its forward pre-hook)."""
         tokens = _tokens(args, kwargs)
         past = _cached(kwargs.get("past_key_values"))
         real_keys = _real_keys(tokens, past, kwargs.get("attention_mask"))
@@ -81,7 +82,8 @@ class Running:
         if self.generating == 0:
             self.generating = n_keys
         ids = None if tokens.is_floating_point() else tokens
-        self.call = Call(ids, real_keys, tokens.shape[1], self._prompt_width(past, n_keys))
+        width = self._prompt_width(past, n_keys)
+        self.call = Call(ids, real_keys, tokens.shape[1], width)
         self.passes += 1
 
     def _prompt_width(self, past: int, n_keys: int) -> int:
@@ -89,8 +91,12 @@ class Running:
             return self.generating
         if not past:
             return n_keys
-        goes_on = self.call is not None and self.call.prompt_width <= past
-        return self.call.prompt_width if goes_on else past
+        before = self.call
+        goes_on = before is not None and before.prompt_width <= past <= before.real_keys.shape[1]
+        in_prompt = before.phase == "prompt" if goes_on else True
+        if in_prompt and n_keys - past > 1:
+            return n_keys  # several tokens at once, right after the prompt's: its next chunk
+        return before.prompt_width if goes_on else past
 
 
 def _real_keys(tokens: Tensor, past: int, mask: Tensor | None) -> Bool[Tensor, "batch key"]:

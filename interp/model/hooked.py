@@ -1,6 +1,6 @@
 """`interp.load(...)` and the model it gives: a TransformerLens bridge whose attention is lazy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -212,7 +212,7 @@ class HookedModel(TransformerBridge):
                 f"hooks: {silent[0]} never fired (of {len(silent)} such): the edit did not act."
             )
 
-    def check_hooks(self, names: Sequence[str]) -> None:
+    def check_hooks(self, names: Iterable[str]) -> None:
         """Raises `HookError`, with the nearest names, where the model lacks one of the hooks."""
         for name in names:
             if name not in self.hook_dict:
@@ -355,9 +355,8 @@ def _hooked(
     model._scan_existing_hooks(model, "")
     new = {name for name in model.hook_dict if name.endswith("hook_attention")}
     model._driver.supported_hook_points |= new
-    model.original_model.register_forward_pre_hook(
-        lambda module, args, kwargs: running.begin(args, kwargs), with_kwargs=True
-    )
+    # a bound method: a deepcopy of the model gets a `running` of its own
+    model.original_model.register_forward_pre_hook(running.begin, with_kwargs=True)
     if tokenizer is not None:  # the bridge's copy prepends a BOS; ours follows its own policy
         model._tokenizer = tokenizer
         prepends, appends = detect_tokenizer_bos_eos(tokenizer)
@@ -371,10 +370,12 @@ def _make_lazy(model: HookedModel, running: Running) -> None:
     components = [m for m in model.modules() if isinstance(m, AttentionBridge)]
     able = {id(c): can_be_lazy(c) for c in components}
     refused = {id(_config(c)) for c in components if not able[id(c)]}
+    vision = getattr(model.original_model.config, "vision_config", None)
     for component in components:
         config = _config(component)
         lazy = able[id(component)] and id(config) not in refused
-        make_lazy(component, running, lazy)
+        sees_image = vision is not None and isinstance(config, type(vision))
+        make_lazy(component, running, lazy, has_tokens=not sees_image)
         if lazy:
             config._attn_implementation = IMPLEMENTATION
     if refused:

@@ -164,25 +164,33 @@ class LazyAttention(AttentionBridge):
     def fire_normed(self, norm: nn.Module, args: tuple, normed: Tensor, name: str) -> Tensor:
         """QK-norm: hook_q_normed and hook_k_normed see [batch head pos d_head] as in the bridge."""
         hook = self._modules[name]
-        if normed.dim() == 4:
+        # some models norm before they put heads in front of positions, some after: strides tell
+        if normed.dim() == 4 and args[0].stride(1) > args[0].stride(2):
             return hook(normed.transpose(1, 2)).transpose(1, 2)
         return hook(normed)
 
 
-def make_lazy(component: AttentionBridge, running: Running, lazy: bool) -> None:
+def make_lazy(
+    component: AttentionBridge, running: Running, lazy: bool, has_tokens: bool = True
+) -> None:
     """Turn a bridge's attention component into a lazy one, in place.
 
-    With `lazy=False` it keeps its own eager path and only gains `hook_attention`.
+    With `lazy=False` it keeps its own eager path and only gains `hook_attention`. `has_tokens` is
+    False in a tower that sees something else than the call's tokens (an image encoder).
     """
     if not isinstance(component, LazyAttention):
         kind = type(component)
         component.__class__ = type(f"Lazy{kind.__name__}", (LazyAttention, kind), {})
     component.hook_attention = HookPoint()
-    component._running, component._lazy = running, lazy
+    component._running, component._lazy = (running if has_tokens else Running()), lazy
     if not lazy:
         return
     # through __dict__: an attribute that torch does not walk, so that nothing is registered twice
     attention_module(component).__dict__["_interp_component"] = component
+    projection = component._modules.get("o")
+    if projection is not None and projection.name in component.original_component._modules:
+        # a bridge that re-implements attention (GPT-2's) leaves the wrapped module's own in place
+        component.original_component._modules[projection.name] = projection
     if isinstance(component, JointQKVAttentionBridge):
         component._qkv_columns = fused_columns(component)
         component.qkv.register_forward_hook(component.fire_fused_qkv)
@@ -275,8 +283,9 @@ def attention_of_pattern(
     virtual sink's. It has no values: z stays the model's affair.
     """
     lowest = torch.finfo(torch.float32).min
-    logits = pattern.float().log().clamp_min(lowest)
-    missing = (1 - pattern.float().sum(-1)).clamp_min(0)
+    pattern = pattern.float().nan_to_num()  # rows of padding, in some models
+    logits = pattern.log().clamp_min(lowest)
+    missing = (1 - pattern.sum(-1)).clamp_min(0)
     n_keys = pattern.shape[-1]
     identity = torch.eye(n_keys, device=pattern.device).expand(len(pattern), 1, n_keys, n_keys)
     return Attention(
@@ -284,7 +293,7 @@ def attention_of_pattern(
         k=identity,
         v=identity[..., :0],
         scale=1.0,
-        mask=pattern > 0,
+        mask=(pattern > 0).any(1, keepdim=True),  # a weight may be 0 on a key that is seen
         causal=False,
         sink_logits=missing.log().clamp_min(lowest),
         **token_facts(call, logits, identity),

@@ -20,6 +20,10 @@ def queries_per_key(attention: "Attention") -> Int[Tensor, "batch key"]:
     """How many real queries of this pass may see each key; 0 on padding."""
     batch, n_keys = attention.real_keys.shape
     counts = torch.zeros(batch, n_keys, dtype=torch.long, device=attention.q.device)
+    if attention.causal and attention.mask is None:  # key j is seen by the rows from j on
+        from_end = attention.real_queries.flip(1).cumsum(1).flip(1)[:, :n_keys]
+        counts[:, : from_end.shape[1]] = from_end
+        return counts * attention.real_keys
     for block in attention.row_blocks(None):
         visible = attention.visible(block)
         real = attention.real_queries[:, block.rows]

@@ -91,14 +91,55 @@ def llava():
     return hf.LlavaForConditionalGeneration(config)
 
 
-DECODERS = {f.__name__: f for f in (gpt2, gpt_neox, llama, mistral, qwen3, gemma2, gemma3, gpt_oss)}
+def gptj():
+    config = hf.GPTJConfig(
+        vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    return hf.GPTJForCausalLM(config)
+
+
+def phi3():
+    return hf.Phi3ForCausalLM(hf.Phi3Config(**COMMON, num_key_value_heads=2))
+
+
+def olmo2():
+    return hf.Olmo2ForCausalLM(hf.Olmo2Config(**COMMON, num_key_value_heads=2))
+
+
+def opt():
+    config = {key: COMMON[key] for key in COMMON if key != "intermediate_size"}
+    return hf.OPTForCausalLM(
+        hf.OPTConfig(**config, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
+    )
+
+
+def bloom():
+    config = hf.BloomConfig(
+        vocab_size=60, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, attention_dropout=0.0, hidden_dropout=0.0,
+    )  # fmt: skip
+    return hf.BloomForCausalLM(config)
+
+
+def falcon():
+    config = {key: COMMON[key] for key in COMMON if key != "intermediate_size"}
+    return hf.FalconForCausalLM(hf.FalconConfig(**config, hidden_dropout=0.0, alibi=False))
+
+
+DECODERS = {
+    f.__name__: f
+    for f in (gpt2, gpt_neox, llama, mistral, qwen3, gemma2, gemma3, gpt_oss, phi3, olmo2, opt)
+}
 FAMILIES = {**DECODERS, **{f.__name__: f for f in (bert, vit, llava)}}
+# their modeling code calls no attention function that we could take the place of
+EAGER_ONLY = {f.__name__: f for f in (gptj, bloom, falcon)}
 
 
 def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32):
     """A tiny model of a family, the same weights each time, with Hugging Face's own attention."""
     torch.manual_seed(0)
-    model = FAMILIES[name]().eval()
+    model = (FAMILIES | EAGER_ONLY)[name]().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -121,6 +162,6 @@ def inputs(name: str, batch: int = 2, n_tokens: int = 12) -> dict[str, torch.Ten
     if name == "llava":
         ids[:, 4:8] = 59
         both["pixel_values"] = torch.randn(batch, 3, 16, 16, generator=generator)
-    if name not in ("bert",):
+    if name not in ("bert", "bloom"):
         both["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return both
