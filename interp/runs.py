@@ -282,7 +282,7 @@ def shorten(settings: dict[str, Any], key: str, width: int = 40) -> str:
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
     """`value` as JSON gives it back: tuples are lists, NumPy's numbers are Python's."""
-    return plain(value, "settings")
+    return {key: plain(item, f"settings.{key}") for key, item in value.items()}
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Tiny random models that can be read and written to: a tokenizer of 60 words, and prompts of them.
 
-Word `wN` is token N, so a text can be made from any token ids and back.
+Word `wN` is token N (from 3 on), so a text can be made from any token ids and back.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from interp.model.hooked import HookedModel, load
 from tests.model.families import build
 
 N_WORDS = 60
+SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
 
 
 FOLDER = TemporaryDirectory(prefix="tiny-tokenizer-")
@@ -24,10 +25,11 @@ FOLDER = TemporaryDirectory(prefix="tiny-tokenizer-")
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """In a folder: the bridge reads a tokenizer a second time, from where it came."""
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(N_WORDS)}, unk_token="w3"))
+    vocabulary = SPECIAL | {f"w{i}": i for i in range(len(SPECIAL), N_WORDS)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="w0", bos_token="w1", eos_token="w2"
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(FOLDER.name)
     return PreTrainedTokenizerFast.from_pretrained(FOLDER.name)
 

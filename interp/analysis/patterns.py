@@ -7,6 +7,7 @@ from numbers import Integral
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 
 from interp.heads import Head, HeadError, heads_of
@@ -44,14 +45,14 @@ class Patterns:
 @torch.no_grad()
 def attention(
     model: HookedModel,
-    text: str,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence | None = None,
+    text: str | Sequence | Dataset,
+    layers: Sequence[Integral] | Integral | None = None,
+    heads: Sequence | Head | None = None,
 ) -> Patterns:
     """The pattern of chosen heads on `text`; only those are computed.
 
     Args:
-        text: One prompt.
+        text: One prompt, in any form that the passes take.
         layers: Layers to look at; default 0, or those of `heads`.
         heads: Heads of each of `layers` as numbers, or heads as `Head`, "L3H5" or (3, 5).
             Default: all heads of the layers.

@@ -58,7 +58,7 @@ class RetrievalError(UserError):
 
 def retrieval_heads(
     model: HookedModel,
-    prompts: Dataset,
+    prompts,
     *,
     form: Form = "count",
     how: How = "forced",

@@ -81,7 +81,7 @@ class Sinks:
     heads: HeadScores
     tokens: pd.DataFrame
     massive: pd.DataFrame
-    received: list[Float[np.ndarray, "layer head token"]]
+    received: list[Float[np.ndarray, "layer head _token"]]  # prompts differ in length
     rule: SinkRule
 
     def per_head(self) -> pd.DataFrame:

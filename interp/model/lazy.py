@@ -13,6 +13,7 @@ layer, and only that one, hold the whole matrix.
 
 import copy
 import inspect
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from interp.model.attention import Attention
 from interp.model.call import Call, Running
+from interp.model.edits import EditError
 
 IMPLEMENTATION = "interp_lazy"
 
@@ -59,6 +61,7 @@ class LazyAttention(AttentionBridge):
     """Mixed into a bridge's attention component by `make_lazy`; adds `hook_attention`."""
 
     hook_attention: HookPoint
+    forward_of_bridge: Callable  # what the bridge itself would run
 
     @property
     def watched(self) -> bool:
@@ -107,7 +110,14 @@ class LazyAttention(AttentionBridge):
     def _look_at_pattern(self, pattern: Tensor, hook: HookPoint) -> Tensor | None:
         attention = attention_of_pattern(pattern, self._running.call)
         edited = self.hook_attention(attention)
-        return None if edited is attention else edited.pattern().to(pattern.dtype)
+        if edited is attention:
+            return None
+        if type(self).forward_of_bridge is AttentionBridge.forward:
+            raise EditError(
+                f"hook_attention: {type(self.original_component).__name__} lets nobody edit its "
+                "attention, only look at it; edit hook_z or hook_v instead."
+            )
+        return edited.pattern().to(pattern.dtype)
 
     def attend(self, module, query, key, value, mask, **kwargs):
         """Fire the hooks between the projections; z, and the pattern where it was made."""
@@ -180,7 +190,8 @@ def make_lazy(
     """
     if not isinstance(component, LazyAttention):
         kind = type(component)
-        component.__class__ = type(f"Lazy{kind.__name__}", (LazyAttention, kind), {})
+        members = {"forward_of_bridge": kind.forward}
+        component.__class__ = type(f"Lazy{kind.__name__}", (LazyAttention, kind), members)
     component.hook_attention = HookPoint()
     component._running, component._lazy = (running if has_tokens else Running()), lazy
     if not lazy:

@@ -5,6 +5,10 @@ Weights are scaled up so that patterns are far from uniform and edits move the l
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 COMMON = {
@@ -162,6 +166,20 @@ def inputs(name: str, batch: int = 2, n_tokens: int = 12) -> dict[str, torch.Ten
     if name == "llava":
         ids[:, 4:8] = 59
         both["pixel_values"] = torch.randn(batch, 3, 16, 16, generator=generator)
-    if name not in ("bert", "bloom"):
+    if name != "bloom":
         both["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return both
+
+
+def small_tokenizer(adds_bos: bool = False) -> hf.PreTrainedTokenizerFast:
+    """60 words w3 ... w59 behind <pad>, <s> and </s>; "w7 w8" is two tokens."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 60)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if adds_bos:
+        backend.post_processor = TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

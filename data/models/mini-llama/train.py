@@ -161,9 +161,13 @@ def plain_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def repeat_row(rng: random.Random, words: list[str], tokens: int) -> Row:
-    """Random words, and the same ones again."""
-    segment = " ".join(rng.choices(words, k=tokens // 2))
-    return [(segment, False), (segment, True)]
+    """Random words, and the same ones again, any distance later: a fixed one is learned instead."""
+    length = rng.randint(tokens // 6 + 1, tokens // 2)
+    before = rng.randint(0, tokens - 2 * length)
+    between = tokens - 2 * length - before if rng.random() < 0.5 else 0
+    segment = rng.choices(words, k=length)
+    start = [*rng.choices(words, k=before), *segment, *rng.choices(words, k=between)]
+    return [(" ".join(start), False), (" ".join(segment), True)]
 
 
 def colored_objects_row(rng: random.Random, objects: int, questions: int) -> Row:
