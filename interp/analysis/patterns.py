@@ -96,7 +96,8 @@ def _chosen(model: HookedModel, layers, heads) -> list[Head]:
         if layers is not None:
             raise HeadError("layers: not together with heads that name their layer (L3H5).")
         return list(heads_of(heads))
-    layers = [0] if layers is None else [layers] if isinstance(layers, Integral) else list(layers)
-    model.check_layers(layers)
+    layers = [0] if layers is None else [layers] if isinstance(layers, Integral) else layers
+    numbers = [int(layer) for layer in layers]
+    model.check_layers(numbers)
     heads = range(model.cfg.n_heads) if heads is None else heads
-    return [Head(layer, head) for layer in layers for head in heads]
+    return [Head(layer, head) for layer in numbers for head in heads]

@@ -98,7 +98,7 @@ class Ablate(Intervention):
         if not heads:
             return cls(heads, how, when, seed=seed)
         model.check_heads(heads)
-        z = _collect_z(model, as_prompts(model, prompts)["input_ids"], heads, batch_size)
+        z = _collect_z(model, list(as_prompts(model, prompts)["input_ids"]), heads, batch_size)
         if how == "mean":
             bank = z.mean(1, keepdim=True)
         else:

@@ -10,6 +10,7 @@ corrupted partner is the paper's: the same list, another of its objects asked fo
 """
 
 import random
+from collections.abc import Sequence
 
 COLORS = ("black", "blue", "brown", "green", "purple", "red", "white", "yellow")
 OBJECTS = (
@@ -34,7 +35,7 @@ def examples(n: int, seed: int, objects: int = 3) -> list[dict]:
     return [example(rng, objects) for _ in range(n)]
 
 
-def scene(rng: random.Random, objects: int) -> tuple[str, list[tuple[str, str]]]:
+def scene(rng: random.Random, objects: int) -> tuple[str, Sequence[tuple[str, str]]]:
     """The list's sentence, and its (colour, object) pairs in the order of the list."""
     items = list(zip(rng.sample(COLORS, objects), rng.sample(OBJECTS, objects)))
     named = [f"a {color} {name}" for color, name in items]

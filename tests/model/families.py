@@ -126,18 +126,13 @@ def bloom():
     return hf.BloomForCausalLM(config)
 
 
-def falcon():
-    config = {key: COMMON[key] for key in COMMON if key != "intermediate_size"}
-    return hf.FalconForCausalLM(hf.FalconConfig(**config, hidden_dropout=0.0, alibi=False))
-
-
 DECODERS = {
     f.__name__: f
     for f in (gpt2, gpt_neox, llama, mistral, qwen3, gemma2, gemma3, gpt_oss, phi3, olmo2, opt)
 }
 FAMILIES = {**DECODERS, **{f.__name__: f for f in (bert, vit, llava)}}
 # their modeling code calls no attention function that we could take the place of
-EAGER_ONLY = {f.__name__: f for f in (gptj, bloom, falcon)}
+EAGER_ONLY = {f.__name__: f for f in (gptj, bloom)}
 
 
 def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32):

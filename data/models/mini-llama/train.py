@@ -161,7 +161,14 @@ def plain_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def repeat_row(rng: random.Random, words: list[str], tokens: int) -> Row:
-    """Random words, and the same ones again, any distance later: a fixed one is learned instead."""
+    """Random words, and the same ones again: over and over, or once more any distance later.
+
+    The distance varies from row to row, or it is learned in place of what stood before.
+    """
+    if rng.random() < 0.5:
+        segment = rng.choices(words, k=rng.randint(3, tokens // 3))
+        again = (segment * tokens)[: tokens - len(segment)]
+        return [(" ".join(segment), False), (" ".join(again), True)]
     length = rng.randint(tokens // 6 + 1, tokens // 2)
     before = rng.randint(0, tokens - 2 * length)
     between = tokens - 2 * length - before if rng.random() < 0.5 else 0
@@ -252,6 +259,8 @@ def train(args: argparse.Namespace) -> None:
     """Train until the budget is spent; the log has [loss, share of answer tokens right] by task."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
+    if args.init:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.init).state_dict())
     words = plain_words(tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
@@ -265,7 +274,7 @@ def train(args: argparse.Namespace) -> None:
             rate = args.lr * min(1, (step + 1) / 100) * min(1, 1.25 * (1 - progress))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rng = random.Random(f"train {args.seed} {step}")
+            rng = random.Random(f"train {args.seed} {step} {args.init is not None}")
             for task, rows in training_rows(rng, words, progress).items():
                 batch = to_batch(tokenizer, rows, rng)
                 with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -438,6 +447,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init", type=Path, help="a folder to go on from, as a second phase")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="autocast; faster with AMX")
     parser.add_argument("--out", type=Path, default=Path("data/models/mini-llama"))
