@@ -323,10 +323,15 @@ def _check_finite(table: pd.DataFrame, model: HookedModel) -> None:
         )
 
 
+def share_interval(right: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of `right` out of `n`."""
+    found = binomtest(right, n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
 def _interval(metric: str, values: np.ndarray) -> tuple[float, float]:
     if metric == "accuracy":
-        found = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        return share_interval(int(values.sum()), len(values))
     return _bootstrap(values)
 
 
