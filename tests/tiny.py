@@ -3,12 +3,14 @@
 Word `wN` is token N (from 3 on), so a text can be made from any token ids and back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
+from jaxtyping import config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,6 +51,17 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> HookedModel:
 def eager(family: str):
     """The same weights as `tiny(family)` in plain transformers, with its own eager attention."""
     return build(family)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """What users meet: no type check stands before our own errors."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
 
 
 def words(ids: Sequence[int]) -> str:

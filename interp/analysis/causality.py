@@ -122,7 +122,7 @@ class AblationControl:
                 f"k={k}, metric={metric!r}: k is one of {', '.join(map(str, self.ks))}, metric one "
                 f"of {', '.join(self.metrics)}."
             )
-        return found.iloc[0].to_dict()
+        return {str(name): value for name, value in found.iloc[0].items()}
 
     def p_value(self, k: int | None = None, metric: str = "accuracy") -> float:
         """Share of draws that hurt at least as much as the top heads, these counted in."""

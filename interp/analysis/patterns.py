@@ -100,4 +100,4 @@ def _chosen(model: HookedModel, layers, heads) -> list[Head]:
     numbers = [int(layer) for layer in layers]
     model.check_layers(numbers)
     heads = range(model.cfg.n_heads) if heads is None else heads
-    return [Head(layer, head) for layer in numbers for head in heads]
+    return [Head(layer, int(head)) for layer in numbers for head in heads]

@@ -9,7 +9,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,10 @@ def load_intervention(folder: str | Path) -> Intervention:
     unknown = sorted(values.keys() - {field.name for field in fields(kind)})
     if unknown:
         raise InterventionError(f"{folder}: {kind.__name__} has no parameter {unknown[0]!r}.")
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    absent = sorted(needed - values.keys())
+    if absent:
+        raise InterventionError(f"{folder}: {kind.__name__} needs the parameter {absent[0]!r}.")
     return kind(**values)
 
 
@@ -152,7 +156,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise InterventionError(f"{path}: not an intervention of ours ({error!r}).") from error
     if not known:
         raise InterventionError(
-            f"{path}: format {record['format']} version {record['version']}; this interp reads "
+            f"{path}: format {record['format']} version {record.get('version')}; this interp reads "
             f"{FORMAT} up to version {VERSION}. Upgrade interp."
         )
     if broken:

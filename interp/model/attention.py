@@ -277,9 +277,12 @@ class Attention:
             return self._fused[0]
         if self.softcap is not None or self.sink_logits is not None:
             return replace(self, edits=())._mix(None)
-        k, v = self.per_query_head(self.k), self.per_query_head(self.v)
+        k, v, grouped = self.k, self.v, self.q.device.type == "cpu"
+        if not grouped:  # with a mask, CUDA's fast kernels want a key for each query head
+            k, v = self.per_query_head(k), self.per_query_head(v)
+        causal = self.causal and self.mask is None
         return scaled_dot_product_attention(
-            self.q, k, v, self.mask, scale=self.scale, is_causal=self.causal and self.mask is None
+            self.q, k, v, self.mask, scale=self.scale, is_causal=causal, enable_gqa=grouped
         )
 
     @kept
@@ -293,9 +296,8 @@ class Attention:
         same_width = self.q.shape[-1] == self.v.shape[-1]
         if not plain or needs_grad or not same_width or self.q.device.type != "cpu":
             return None
-        k, v = self.per_query_head(self.k), self.per_query_head(self.v)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(self.q, k, v, 0.0, self.causal, scale=self.scale)
+        return flash(self.q, self.k, self.v, 0.0, self.causal, scale=self.scale)
 
     def per_query_head(self, x: Tensor, heads: Tensor | None = None) -> Tensor:
         """Keys or values as the query heads see them: kv heads shared by a group of heads."""

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from inspect import signature
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from warnings import warn
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
     detect_tokenizer_bos_eos,
@@ -37,7 +38,7 @@ class HookError(zoo.UserError):
 
 
 def load(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
     dtype: torch.dtype | str | None = None,
@@ -213,13 +214,16 @@ class HookedModel(TransformerBridge):
             )
 
     def check_hooks(self, names: Iterable[str]) -> None:
-        """Raises `HookError`, with the nearest names, where the model lacks one of the hooks."""
+        """Raises `HookError`, with the nearest names, where the model lacks one, or it is off."""
         for name in names:
             if name not in self.hook_dict:
-                near = get_close_matches(name, self.hook_dict, n=3)
+                near = get_close_matches(name, self.hook_dict, n=3, cutoff=0)
                 raise HookError(
                     f"hooks: {self.name} has no {name!r}; the nearest: {', '.join(near)}."
                 )
+            gate = self._gated_hook_reason(self.hook_dict[name].name or name)
+            if gate is not None:
+                raise HookError(f"hooks: {name} is off; call model.set_{gate}(True) first.")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises `HeadError` where the model has no attention in one of the layers."""
@@ -257,9 +261,10 @@ class HookedModel(TransformerBridge):
 
         Rows of a batch are near each other in length; `Batch.index` says which they are.
         """
-        lengths = torch.tensor([len(tokens) for tokens in token_lists])
+        lengths = torch.tensor([len(tokens) for tokens in token_lists], dtype=torch.long)
         order = lengths.argsort(descending=True, stable=True)
-        for index in tqdm(order.split(batch_size), desc=desc, disable=desc is None, leave=False):
+        splits = order.split(batch_size) if len(order) else ()
+        for index in tqdm(splits, desc=desc, disable=desc is None, leave=False):
             yield self.batch([token_lists[i] for i in index.tolist()], index)
 
     def batch(self, token_lists: Sequence[Sequence[int]], index: Tensor | None = None) -> "Batch":
@@ -328,15 +333,20 @@ class Batch:
         return self.input_ids.shape[1] - self.attention_mask.sum(1)
 
 
-def _hook_loaded(model: PreTrainedModel, tokenizer: Any) -> HookedModel:
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+def _hook_loaded(model: nn.Module, tokenizer: Any) -> HookedModel:
+    kind = type(model).__name__
+    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
+        raise zoo.ModelError(f"model: this {kind} is hooked already; use what `load` gave.")
+    if not isinstance(model, PreTrainedModel):
+        raise zoo.ModelError(f"model: a {kind} is no model of transformers.")
+    name = getattr(model.config, "_name_or_path", "") or kind
     with _named_errors(name):
         force_eager_attention(model)  # what a layer that can't be lazy falls back on
         bridge = build_bridge_from_module(
             model,
             type(model).__name__,
             hf_config=deepcopy(model.config),
-            tokenizer=deepcopy(tokenizer),
+            tokenizer=None,  # the bridge would load it anew, with a BOS
             model_name=name,
         )
     return _hooked(bridge, name, None, tokenizer)
@@ -347,7 +357,7 @@ def _hooked(
 ) -> HookedModel:
     """Turn a bridge into a `HookedModel`, in place."""
     bridge.__class__ = HookedModel
-    model: HookedModel = bridge
+    model = cast(HookedModel, bridge)
     running = Running()
     for field, value in (("name", name), ("revision", revision), ("_running", running)):
         model.__dict__[field] = value  # the bridge forwards unknown attributes

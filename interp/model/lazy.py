@@ -15,6 +15,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -245,7 +246,8 @@ def fused_columns(component: JointQKVAttentionBridge) -> dict[str, Int[Tensor, "
     fused = component._modules.get("qkv")
     if fused is None:
         return None
-    real, module = fused.original_component, component.original_component
+    real: Any = fused.original_component
+    module: Any = component.original_component
     n_in, n_out = real.weight.shape if isinstance(real, Conv1D) else real.weight.T.shape
     numbers = torch.arange(n_out, dtype=torch.float32)
     standin = Conv1D(n_out, n_in) if isinstance(real, Conv1D) else nn.Linear(n_in, n_out)
@@ -261,7 +263,7 @@ def fused_columns(component: JointQKVAttentionBridge) -> dict[str, Int[Tensor, "
     return dict(zip("qkv", columns, strict=True))
 
 
-def token_facts(call: Call | None, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+def token_facts(call: Call | None, query: Tensor, key: Tensor) -> dict[str, Any]:
     """Positions and padding of this layer's queries and keys, from the facts of the call.
 
     A tower with tokens of its own (an image encoder) has no padding.

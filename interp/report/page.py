@@ -1,101 +1,104 @@
-"""From sections to one self-contained page: plotly's script once, a parquet for every figure."""
+"""The page itself: sections of sentences, figures and tables, as one HTML file that needs no other.
 
-import time
-from dataclasses import asdict
-from datetime import UTC, datetime
+plotly.js is in it once; the numbers behind every figure and table lie beside it as parquet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 from jinja2 import Environment
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from tqdm.auto import tqdm
 
-from interp.files import write_atomically, write_json
-from interp.model.hooked import HookedModel
-from interp.report.plan import Plan
-from interp.report.sections import Figure, Section, Study, sections
-from interp.runs import Run
-from interp.tasks.prompts import describe
+from interp.files import write_atomically
 
-N_SECTIONS = 4
+TEMPLATE = files("interp.report").joinpath("page.html.j2")
 
 
-def write(model: HookedModel, out: str | Path, plan: Plan = Plan(), *, resume: bool = True) -> Path:
-    """Run the plan on `model` and write `out/report.html`; returns its path.
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A figure, the table behind it, and how to read it. `name` is its file's name."""
 
-    Every stage keeps its results in a folder of `out`, so that a killed report goes on where it
-    stopped; every figure's numbers are in `out/figures/NAME.parquet`.
+    name: str
+    title: str
+    plot: go.Figure
+    table: pd.DataFrame
+    how: str
 
-    Raises:
-        RunError: `out` can't be written, or holds a report of another model or plan.
-        PlanError: No needle fits into the model's context window.
+    def html(self) -> Markup:
+        """A div and its script; plotly.js is the page's matter."""
+        picture = {"format": "svg", "filename": self.name}
+        config = {"displaylogo": False, "displayModeBar": "hover", "responsive": False}
+        config["toImageButtonOptions"] = picture
+        html = self.plot.to_html(
+            full_html=False, include_plotlyjs=False, div_id=f"plot-{self.name}", config=config
+        )
+        return Markup(html)  # plotly escapes what goes into its script
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table; `shown` is what the page prints of it, numbers already formatted."""
+
+    name: str
+    title: str
+    table: pd.DataFrame
+    shown: pd.DataFrame
+    how: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One part of the page; `headline` is what the summary at the top says of it."""
+
+    name: str
+    title: str
+    headline: str
+    parts: Sequence[str | Figure | Table] = field(default_factory=list)
+
+    @property
+    def exhibits(self) -> list[Figure | Table]:
+        """Its figures and tables."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section], about: dict[str, Any]) -> Path:
+    """Write the page to `path`, and the parquet of each figure and table to `figures/` beside it.
+
+    `about`: `rows` of the provenance, `subtitle`, `versions`, and `json`, the whole record.
     """
-    began, plan, out = time.monotonic(), plan.fitted(model), Path(out)
-    run = Run.open(out, {"analysis": "report", "plan": asdict(plan), **model.provenance()}, resume)
-    study = Study(model, plan, out, resume)
-    done = []
-    with tqdm(total=N_SECTIONS, desc="report", unit="section") as bar:
-        for section in sections(study):
-            done.append(section)
-            for figure in section.figures:
-                keep(figure, out / "figures")
-            bar.update()
-    facts = facts_of(study, time.monotonic() - began)
-    page = out / "report.html"
-    html = render(model.name, done, facts)
-    write_atomically(page, lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    write_json(out / "facts.json", facts)
-    run.finish(**study.scores.metadata["counts"])
-    return page
+    folder = path.parent / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for exhibit in (exhibit for section in sections for exhibit in section.exhibits):
+        write_atomically(folder / f"{exhibit.name}.parquet", exhibit.table.to_parquet)
+    html = render(title, sections, about)
+    write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    return path
 
 
-def render(name: str, done: list[Section], facts: dict) -> str:
+def render(title: str, sections: Sequence[Section], about: dict[str, Any]) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("interp.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
-        name=name, sections=done, facts=facts, script=get_plotlyjs(), draw=draw, flat=flat
-    )
-
-
-def draw(figure: Figure) -> str:
-    """A figure as HTML that uses the page's script."""
-    return figure.figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=figure.name,
-        config={"displaylogo": False, "responsive": True},
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        sections=sections,
+        about=about,
+        labels=labels_of([exhibit for section in sections for exhibit in section.exhibits]),
+        plotlyjs=Markup(get_plotlyjs()),
+        is_text=lambda part: isinstance(part, str),
+        is_figure=lambda part: isinstance(part, Figure),
     )
 
 
-def flat(facts: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as rows of a table."""
-    rows = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{key} ")
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
-
-
-def keep(figure: Figure, folder: Path) -> None:
-    """The numbers behind a figure, as parquet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{figure.name}.parquet", lambda path: figure.table.to_parquet(path))
-
-
-def facts_of(study: Study, seconds: float) -> dict:
-    """Where the numbers come from."""
-    sets = {"needles": study.prompts, "fresh needles": study.fresh, "texts": study.texts}
-    described = {name: describe(data) for name, data in sets.items()}
-    return {
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "minutes": round(seconds / 60, 1),
-        **study.model.provenance(),
-        "plan": asdict(study.plan),
-        "tokens": described["needles"]["tokens"],
-        "sha256 of the data": {name: about["sha256"] for name, about in described.items()},
-    }
+def labels_of(exhibits: Sequence[Figure | Table]) -> dict[str, str]:
+    """`Figure 1`, `Table 1`, ... by name."""
+    labels = {}
+    for kind in (Figure, Table):
+        names = [exhibit.name for exhibit in exhibits if isinstance(exhibit, kind)]
+        labels |= {name: f"{kind.__name__} {n}" for n, name in enumerate(names, start=1)}
+    return labels

@@ -1,74 +1,161 @@
-"""What a report runs: how long, how many, which seed."""
+"""What a report measures, and on how much: the plan, and how it is fitted to a model."""
 
 from dataclasses import dataclass, replace
 
+from datasets import Dataset
+
+from interp import tasks
 from interp.errors import UserError
+from interp.heads import HeadScores
 from interp.model.hooked import HookedModel
-from interp.tasks import needle
-from interp.tasks.prompts import PromptError
+from interp.report.passages import passages
+from interp.tasks import filler
+from interp.tasks.needle import NeedleError
+from interp.tasks.prompts import PromptError, as_prompts, context_window
+
+LENGTHS = (128, 256, 384)
+STEP = 16
+RETRIEVAL_SCORE = 0.1  # from which the paper calls a head a retrieval head
+MOST_HEADS, FEWEST_HEADS = 0.05, 3
 
 
 class PlanError(UserError):
-    """A report that can't be run as asked."""
+    """A plan that cannot be carried out."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The default takes about ten minutes for SmolLM2-135M on two cores.
+    """How much is measured. The default takes some minutes for 135M parameters on two cores.
 
-    `lengths`, `depths`, `n`: the needle grid that heads are scored on. `ablation_n` fresh prompts of
-    the shortest length measure ablation; `draws` sets of random heads are its control. `top`: how
-    many heads to ablate; default those with a score above 0.1, between 3 and 5 % of all heads.
-    `texts` of `text_tokens` tokens are for sinks and for what ablation breaks elsewhere; `data` is a
-    file or folder of one's own texts instead of our filler.
+    `lengths`: of the needle prompts, in tokens (None: chosen for the model). `n`: needle prompts
+    that score the heads. `n_ablation`, `draws`: held-out prompts of the ablation, and its random
+    controls. `ks`: how many heads to ablate (None: chosen from the scores). `n_texts`, `tokens`:
+    texts for sinks and for the control. `data`: a text file or folder that takes the place of our
+    own texts and of the haystack.
     """
 
-    lengths: tuple[int, ...] = (160, 256, 384)
-    depths: int = 4
-    n: int = 36
-    ablation_n: int = 16
+    task: str = "needle"
+    lengths: tuple[int, ...] | None = None
+    depths: int = 5
+    n: int = 45
+    n_ablation: int = 20
     draws: int = 10
-    top: int | None = None
-    texts: int = 6
-    text_tokens: int = 128
-    batch_size: int = 4
-    seed: int = 0
+    ks: tuple[int, ...] | None = None
+    how: str = "zero"
+    n_texts: int = 8
+    tokens: int = 128
     data: str | None = None
+    seed: int = 0
+    batch_size: int = 4
 
     def __post_init__(self):
-        for name in ("depths", "n", "ablation_n", "draws", "texts", "text_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name}={getattr(self, name)}: at least 1.")
-        if not self.lengths:
-            raise PlanError("lengths: give at least one, such as 256.")
+        if self.task != "needle":
+            raise PlanError(f"task={self.task!r}: a report can be written on 'needle'.")
+        least = {"depths": 1, "n": 4, "n_ablation": 2, "draws": 1, "n_texts": 1, "tokens": 16}
+        for name, low in (least | {"batch_size": 1}).items():
+            if getattr(self, name) < low:
+                raise PlanError(f"{name}={getattr(self, name)}: at least {low}.")
+        if self.lengths is not None:
+            object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+
+    @classmethod
+    def quick(cls, **changes) -> "Plan":
+        """A look: a minute or two for 135M parameters, and intervals to match."""
+        return cls(**{"n": 15, "n_ablation": 10, "draws": 4, "n_texts": 3, "tokens": 64} | changes)
+
+    @classmethod
+    def full(cls, **changes) -> "Plan":
+        """For a paper: some ten times the default."""
+        return cls(**{"n": 300, "n_ablation": 100, "draws": 30} | changes)
 
     def fitted(self, model: HookedModel) -> "Plan":
-        """The same plan with the lengths that this model and its tokenizer can take.
+        """The plan with lengths that suit the model's tokens and context window."""
+        window = context_window(model) or self.tokens
+        lengths = self.lengths or lengths_for(model, self.seed)
+        return replace(self, lengths=lengths, tokens=min(self.tokens, window))
 
-        Raises `PlanError` where no needle fits into the context window.
-        """
-        window = model.cfg.n_ctx
-        wanted = sorted({min(length, window) for length in self.lengths} | {window})
-        fitting = []
-        for length in wanted:
-            try:
-                needle(model, [length], depths=1, n=1, seed=self.seed)
-            except PromptError as error:
-                reason = str(error)
-            else:
-                fitting.append(length)
-        asked = tuple(length for length in fitting if length in self.lengths)
-        if not fitting:
-            raise PlanError(
-                f"lengths: no needle fits into {window} tokens of {model.name}. {reason}"
-            )
-        return replace(
-            self, lengths=asked or (fitting[0],), text_tokens=min(self.text_tokens, window)
+    def needles(self, model: HookedModel) -> Dataset:
+        """The grid that accuracy and head scores come from."""
+        lengths = list(self.lengths or LENGTHS)
+        return tasks.needle(
+            model, lengths, self.depths, n=self.n, seed=self.seed, haystack=self.data
         )
 
-    def top_of(self, scores) -> int:
-        """How many heads to ablate."""
-        if self.top is not None:
-            return self.top
-        n_heads = int(scores.table["score"].notna().sum())
-        return min(max(3, int((scores.table["score"] > 0.1).sum())), max(3, n_heads // 20))
+    def held_out(self, model: HookedModel) -> Dataset:
+        """Other needles, of the shortest length, for the ablation."""
+        shortest, seed = (self.lengths or LENGTHS)[0], self.seed + 1
+        return tasks.needle(
+            model, shortest, self.depths, n=self.n_ablation, seed=seed, haystack=self.data
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Plain texts of one length; `kinds` says of each whether it is prose, filler or the user's."""
+
+    prompts: Dataset
+    kinds: list[str]
+
+    @classmethod
+    def of(cls, model: HookedModel, plan: Plan) -> "Texts":
+        """The user's texts, or our prose and some filler; only filler where prose has no tokens."""
+        if plan.data is not None:
+            windows = tasks.text(model, plan.data, max_tokens=plan.tokens)
+            n = min(plan.n_texts, len(windows))
+            chosen = [i * len(windows) // n for i in range(n)]
+            return cls(windows.select(chosen), ["data"] * n)
+        prose = [text for text in passages()[: plan.n_texts] if reads(model, text)]
+        n_filler = max(2, plan.n_texts // 2) if prose else plan.n_texts
+        plain = [filler.text(plan.tokens, seed=plan.seed + i) for i in range(n_filler)]
+        prompts = as_prompts(model, [*prose, *plain], max_tokens=plan.tokens)
+        return cls(prompts, ["prose"] * len(prose) + ["filler"] * n_filler)
+
+    @property
+    def control(self) -> Dataset:
+        """What the ablation must not break: texts that do not repeat, filler only if need be."""
+        own = [i for i, kind in enumerate(self.kinds) if kind != "filler"]
+        return self.prompts.select(own or range(len(self.kinds)))
+
+
+def reads(model: HookedModel, text: str) -> bool:
+    """Does the tokenizer have tokens for (nearly) all of the text?"""
+    unknown = model.tokenizer.unk_token_id
+    ids = model.tokenizer(text).input_ids
+    return unknown is None or ids.count(unknown) <= 0.02 * len(ids)
+
+
+def lengths_for(model: HookedModel, seed: int = 0) -> tuple[int, ...]:
+    """Three prompt lengths: 128, 256, 384 where the tokens allow it, longer ones where they do not.
+
+    Raises `NeedleError` where even the shortest needle prompt exceeds the context window.
+    """
+    window = context_window(model) or LENGTHS[-1]
+    shortest = next((n for n in range(4 * STEP, window + 1, STEP) if fits(model, n, seed)), None)
+    if shortest is None:
+        raise NeedleError(
+            f"lengths: no needle prompt fits in {window} tokens, the context window of "
+            f"{model.name}. Take a model with a longer one."
+        )
+    low = min(window, max(LENGTHS[0], shortest + STEP))  # other names and words are a bit longer
+    high = min(window, max(LENGTHS[-1], low + 8 * STEP))
+    middle = (low + high) // (2 * STEP) * STEP
+    return tuple(sorted({low, middle, high}))
+
+
+def fits(model: HookedModel, length: int, seed: int) -> bool:
+    """Can needle prompts of this length be built?"""
+    try:
+        tasks.needle(model, length, depths=1, n=20, seed=seed)
+    except PromptError:
+        return False
+    return True
+
+
+def heads_to_ablate(scores: HeadScores, plan: Plan) -> tuple[int, ...]:
+    """How many top heads: those with a score from 0.1 on, at least 3, at most 5 % of all."""
+    if plan.ks is not None:
+        return plan.ks
+    table = scores.table
+    strong = int((table["score"] >= RETRIEVAL_SCORE).sum())
+    most = max(FEWEST_HEADS, int(MOST_HEADS * len(table)))
+    return (min(max(strong, FEWEST_HEADS), most),)

@@ -109,7 +109,9 @@ def test_tokens_are_the_mean_over_heads():
     assert len(merged) == len(sinks.tokens)
     np.testing.assert_allclose(merged["received"], merged["received_mean"], atol=1e-6)
     names = sinks.tokens.set_index(key)["token"]
-    assert (per_head["token"].to_numpy() == names.loc[list(per_head[key].itertuples(index=False))]).all()
+    assert (
+        per_head["token"].to_numpy() == names.loc[list(per_head[key].itertuples(index=False))]
+    ).all()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
@@ -192,7 +194,9 @@ def test_later_sinks_by_a_loop_over_tokens():
             count[prompt] += values[:, :, j] > 1.5 / n
             largest[prompt] = np.maximum(largest[prompt], values[:, :, j])
     later = sinks.later()
-    assert set(later[["prompt", "layer", "position"]].itertuples(index=False, name=None)) == expected
+    assert (
+        set(later[["prompt", "layer", "position"]].itertuples(index=False, name=None)) == expected
+    )
     assert expected and later["received"].is_monotonic_decreasing
     np.testing.assert_allclose(sinks.heads.table["n_later"], count.mean(0).reshape(-1))
     np.testing.assert_allclose(sinks.heads.table["later"], largest.mean(0).reshape(-1), atol=1e-6)
