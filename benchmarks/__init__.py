@@ -1,1 +1,1 @@
-"""Ratios against what one would otherwise call, one file per claim: `python -m benchmarks --help`."""
+"""Ratios against what one would otherwise call, one file per claim: `python -m benchmarks`."""

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.models import about, eager_bridge, hooked, last_logits, plain, random_tokens, smollm2
+from benchmarks.models import (
+    about,
+    eager_bridge,
+    hooked,
+    last_logits,
+    plain,
+    random_tokens,
+    smollm2,
+)
 from benchmarks.timing import ratio
 
 

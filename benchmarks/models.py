@@ -1,4 +1,4 @@
-"""The models that are timed: SmolLM2-135M's shape, few layers, as plain, hooked and eager models."""
+"""The models that are timed: a few layers of SmolLM2-135M's shape, plain, hooked and eager."""
 
 from functools import cache
 from pathlib import Path

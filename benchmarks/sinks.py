@@ -25,6 +25,7 @@ from benchmarks.timing import ratio
 from interp.model.attention import Attention
 from interp.model.hooked import HookedModel
 
+ROOT = Path(__file__).parents[1]
 STATUS = Path("/proc/self/status")
 
 
@@ -105,7 +106,7 @@ def memory(folder: Path, lengths: list[int]) -> dict:
 def peak(folder: Path, side: str, n_tokens: int) -> float:
     """MB that a pass takes at most beyond the loaded model, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.sinks", str(folder), side, str(n_tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -58,8 +58,8 @@ class Evaluation:
         return self._mean("logit_diff")
 
     def _mean(self, metric: str) -> float:
-        values = metric_values(self.table, metric)
-        return float("nan") if values is None else float(values.mean())
+        values = _known(metric_values(self.table, metric))
+        return float(values.mean()) if len(values) else float("nan")
 
     @property
     def interval(self) -> tuple[float, float]:

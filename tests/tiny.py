@@ -5,6 +5,7 @@ Word `wN` is token N (from 3 on), so a text can be made from any token ids and b
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from tempfile import TemporaryDirectory
 
@@ -38,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def fresh(family: str, dtype: torch.dtype = torch.float32) -> HookedModel:
     """A model of a family that a test may spoil."""
-    return load(build(family, dtype=dtype), tokenizer=tokenizer())
+    return load(build(family, dtype=dtype), tokenizer=deepcopy(tokenizer()))
 
 
 @cache

@@ -116,13 +116,12 @@ class AblationControl:
 
     def rank(self, k: int, metric: str) -> dict[str, Any]:
         """The row of `ranks` of one k and metric."""
-        found = self.ranks.query("k == @k and metric == @metric")
-        if found.empty:
+        if k not in self.ks or metric not in self.metrics:
             raise CausalityError(
                 f"k={k}, metric={metric!r}: k is one of {', '.join(map(str, self.ks))}, metric one "
                 f"of {', '.join(self.metrics)}."
             )
-        return {str(name): value for name, value in found.iloc[0].items()}
+        return self._rank(k, metric)
 
     def p_value(self, k: int | None = None, metric: str = "accuracy") -> float:
         """Share of draws that hurt at least as much as the top heads, these counted in."""

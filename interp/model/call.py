@@ -108,10 +108,9 @@ def _real_keys(tokens: Tensor, past: int, mask: Tensor | None) -> Bool[Tensor, "
 
 def _tokens(args: tuple, kwargs: dict) -> Tensor:
     """The first tensor of the call that has a token axis (pixels count as one token each)."""
-    for name in ("input_ids", "inputs_embeds", "pixel_values"):
-        if torch.is_tensor(kwargs.get(name)):
-            return kwargs[name]
-    return args[0]
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+    found = [x for x in (*named, *args[:1], kwargs.get("pixel_values")) if torch.is_tensor(x)]
+    return found[0]
 
 
 def _cached(cache: Any) -> int:

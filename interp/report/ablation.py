@@ -74,7 +74,7 @@ def verdict(result: AblationControl, k: int) -> str:
 def harmful(result: AblationControl, k: int, metric: str) -> bool:
     """Is the interval of the top heads' effect, paired by prompt, on the worse side of zero?"""
     row = effect(result, k, metric)
-    return WORSE[metric] * (row["high"] if WORSE[metric] < 0 else row["low"]) > 0
+    return bool(WORSE[metric] * (row["high"] if WORSE[metric] < 0 else row["low"]) > 0)
 
 
 def effect(result: AblationControl, k: int, metric: str) -> pd.Series:

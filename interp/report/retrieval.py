@@ -101,7 +101,7 @@ def heads_section(
     scores: HeadScores, prompts: Dataset, top: list[Head], pattern: Sequence[str | Figure] = ()
 ) -> Section:
     """Map, ranking, classes, stability; `top` are the heads that the ablation takes."""
-    stable = stability(scores, prompts, len(top))
+    stable = stability(scores, prompts["length"][:], len(top))
     parts = [
         counted_on(scores),
         heads_map(scores, top),
@@ -232,15 +232,15 @@ def classes(scores: HeadScores) -> Table:
 # Stability
 
 
-def stability(scores: HeadScores, prompts: Dataset, k: int) -> pd.DataFrame:
+def stability(scores: HeadScores, lengths: Sequence[int], k: int) -> pd.DataFrame:
     """Rank correlation and shared top k between halves of the prompts, and between lengths."""
     used = answered_by(scores)
-    lengths = np.array(prompts["length"])
+    sizes = np.array(lengths)
     halves = np.cumsum(used) % 2  # every other scored prompt, so both halves span the grid
     pairs = [("two halves of the prompts", halves == 0, halves == 1)]
     pairs += [
-        (f"{one} and {other} tokens", lengths == one, lengths == other)
-        for one, other in combinations(sorted(set(lengths.tolist())), 2)
+        (f"{one} and {other} tokens", sizes == one, sizes == other)
+        for one, other in combinations(sorted(set(lengths)), 2)
     ]
     rows = []
     for name, one, other in pairs:

@@ -139,7 +139,7 @@ def profile_of(sinks: Sinks, kinds: list[str], later: pd.DataFrame) -> Figure:
     found = later[later["prompt"].isin(own)]
     prompt = int(found["prompt"].iloc[0]) if len(found) else own[0]
     table = sinks.tokens[sinks.tokens["prompt"] == prompt]
-    least = sinks.rule.least_queries(table["position"].max() + 1)
+    least = sinks.rule.least_queries(sinks.received[prompt].shape[2])
     seen = table[table["queries"] >= least]
     strongest = seen[seen["position"] > 0].groupby("layer")["received"].max()
     seen = seen[seen["layer"].isin(strongest.nlargest(4).index)]

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import interp
 from interp.analysis.sinks import SinkError, SinkRule, massive_activations, uniform_received
+from interp.tasks import filler
 from interp.tasks.prompts import PromptError
 from tests.model.families import build
 from tests.tiny import eager, fresh, one_by_one, random_ids, tiny, words
@@ -329,3 +330,17 @@ def test_it_says_what_it_found():
     assert f"sink rate {sinks.sink_rate():.0%}" in repr(sinks) and "1 prompts" in repr(sinks)
     assert sinks.heads.metadata["analysis"] == "attention_sinks"
     assert sinks.heads.metadata["rule"]["epsilon"] == 0.3
+
+
+@pytest.mark.slow
+def test_our_trained_model_has_tokens_that_receive_more_than_their_share(mini_llama):
+    if not (mini_llama / "model.safetensors").exists():
+        pytest.skip("needs the weights of data/models/mini-llama")
+    model = interp.load(mini_llama)
+    sinks = measure(model, [filler.text(350, seed=900 + i) for i in range(6)])
+    later = sinks.later()
+    assert len(later) and (later["received"] > 5 / 400).all()
+    assert (later["received"] / later["uniform"]).max() > 5
+    for values, (_, rows) in zip(sinks.received, sinks.tokens.groupby("prompt"), strict=True):
+        queries = rows[rows["layer"] == 0]["queries"].to_numpy()
+        np.testing.assert_allclose((values * queries).sum(-1), len(queries), rtol=1e-3)

@@ -222,6 +222,11 @@ def test_a_mask_may_be_the_same_for_all_queries():
     assert_close(narrow.mass_received(), a.mass_received(), equal_nan=True)
 
 
+def test_no_query_is_said_to_see_padding():
+    a = random_attention(padding=2)  # its mask hides none: slots of a cache that are not filled
+    assert a.queries_per_key().tolist() == [[7, 6, 5, 4, 3, 2, 1], [0, 0, 5, 4, 3, 2, 1]]
+
+
 class Largest(TorchDispatchMode):
     """Notes how many elements the largest tensor has that anything makes."""
 

@@ -154,6 +154,15 @@ def test_patterns_are_hugging_face_s(name, point):
         assert_close(of_real_rows(name, pattern), of_real_rows(name, theirs), **TOLERANCE)
 
 
+def test_padding_is_known_in_every_layer(name):
+    x = inputs(name)
+    for a in patterns(ours(name), x, "hook_attention"):
+        real = real_tokens(name, a.n_queries)
+        assert torch.equal(a.real_queries, real) and torch.equal(a.real_keys, real)
+        if "position_ids" in x:
+            assert torch.equal(a.positions, x["position_ids"])
+
+
 def test_statistics_are_those_of_hugging_face_s_pattern(name):
     model, x = ours(name), inputs(name)
     found = patterns(model, x, "hook_attention", lambda a: (a.mass_received(), a.entropy()))
@@ -163,6 +172,9 @@ def test_statistics_are_those_of_hugging_face_s_pattern(name):
         some = ~received.isnan()
         counts = (total / received)[some & (total > 1e-4)]
         assert_close(counts, counts.round(), atol=1e-2, rtol=0)  # a whole number of queries
+        if name in DECODERS and name not in WINDOWED:
+            expected = dense_received(theirs, real)
+            assert_close(received[some], expected[some], **TOLERANCE)
         assert_close(
             of_real_rows(name, entropy[..., None])[..., 0],
             of_real_rows(name, torch.special.entr(theirs).sum(-1)[..., None])[..., 0],

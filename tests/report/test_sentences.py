@@ -102,15 +102,15 @@ def test_stability_follows_the_numbers(noise, word):
     generator = np.random.default_rng(0)
     samples = np.linspace(0, 1, 100).reshape(1, 10, 10)
     samples = samples + generator.normal(0, noise, size=(20, 10, 10))
-    prompts = pd.DataFrame({"length": [128, 256] * 10})
-    table = stability(scores_of(samples, 20), prompts, k=5)
+    lengths = [128, 256] * 10
+    table = stability(scores_of(samples, 20), lengths, k=5)
     assert list(table["between"]) == ["two halves of the prompts", "128 and 256 tokens"]
     assert word in stability_sentence(table)
 
 
 def test_equal_scores_have_no_stability():
-    prompts = pd.DataFrame({"length": [128] * 8})
-    table = stability(scores_of(np.zeros((8, 2, 4)), 8), prompts, k=3)
+    lengths = [128] * 8
+    table = stability(scores_of(np.zeros((8, 2, 4)), 8), lengths, k=3)
     assert "nothing can be said" in stability_sentence(table)
     assert "Too few" in stability_sentence(table.iloc[:0])
 
