@@ -17,7 +17,8 @@ from interp.tasks.multiple_choice import examples as multiple_choice
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "mini-llama"
 RECORDED = json.loads((FOLDER / "evaluation.json").read_text())
-LEARNT = [name for name, row in RECORDED["tasks"].items() if row["low"] > row["chance"]]
+# with two facts it picks either named colour: half right, so thirty prompts would test luck
+LEARNT = [name for name in RECORDED["tasks"] if name != "multiple choice, two facts"]
 N = 30
 
 
@@ -46,6 +47,12 @@ def test_it_solves_what_was_recorded(script, model, tokenizer, task):
     rng = random.Random(f"test {task}")
     right = sum(script.is_right(model, tokenizer, [draw(rng) for _ in range(N)]))
     assert right >= 0.9 * N * RECORDED["tasks"][task]["accuracy"]
+
+
+def test_what_was_recorded_is_what_the_model_is_for():
+    for name, row in RECORDED["tasks"].items():
+        aimed_high = name.startswith(("needle", "repeat", "ioi"))
+        assert row["low"] > (0.9 if aimed_high else row["chance"]), name
 
 
 @pytest.mark.parametrize("examples", [ioi, colored_objects, multiple_choice])
@@ -126,7 +133,7 @@ def test_the_tokenizer_adds_nothing_and_its_offsets_and_text_come_back(tokenizer
     text = "The lamp is red. Question: What color is the lamp? A. blue B. red Answer: B"
     encoded = tokenizer(text, return_offsets_mapping=True)
     pieces = [text[start:end] for start, end in encoded.offset_mapping]
-    assert pieces == encoded.tokens() and encoded.tokens()[-6:-3] == [".", "red", "Answer"]
+    assert pieces == encoded.tokens() and encoded.tokens()[-6:-3] == ["B", ".", "red"]
     assert tokenizer.decode(encoded.input_ids) == text
 
 

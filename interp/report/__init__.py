@@ -75,7 +75,7 @@ def write(
     tell("sinks", "attention sinks on plain texts")
     texts = Texts.of(model, plan)
     # a column that few queries see is mostly chance
-    rule = SinkRule(min_queries=plan.tokens // 4)
+    rule = SinkRule(min_queries=max(1, min(map(len, texts.prompts["input_ids"])) // 4))
     sinks = attention_sinks(
         model,
         texts.prompts,

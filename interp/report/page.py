@@ -84,6 +84,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], about: dict[
 def render(title: str, sections: Sequence[Section], about: dict[str, Any]) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tied"] = lambda text: text.replace(" %", "\u00a0%")  # kept on one line
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         sections=sections,

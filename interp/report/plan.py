@@ -38,7 +38,7 @@ class Plan:
     lengths: tuple[int, ...] | None = None
     depths: int = 5
     n: int = 45
-    n_ablation: int = 20
+    n_ablation: int = 24
     draws: int = 10
     ks: tuple[int, ...] | None = None
     how: str = "zero"

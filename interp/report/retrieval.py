@@ -274,7 +274,7 @@ def stability_sentence(table: pd.DataFrame) -> str:
     row = table.iloc[0]
     if np.isnan(row["correlation"]):
         return "All scores are equal: nothing can be said of their stability."
-    size = row["correlation"]
+    size = round(row["correlation"], 2)  # the word fits the number that is shown
     word = "stable" if size >= 0.8 else "moderately stable" if size >= 0.5 else "not stable"
     return (
         f"Between {row['between']} the ranking of heads is {word}: rank correlation "

@@ -102,11 +102,12 @@ def later_tokens(sinks: Sinks, later: pd.DataFrame) -> str:
     if not len(later):
         return "No later token does as much."
     best = later.iloc[0]
-    n_tokens = sum(values.shape[2] - 1 for values in sinks.received)
+    sizes = [values.shape[2] for values in sinks.received]
+    n_tokens = sum(n - sinks.rule.least_queries(n) for n in sizes)  # those that enough queries see
     return (
-        f"Of {n_tokens:,} later tokens {counted(len(later), 'token')} stand out in some layer; "
-        f"strongest is {quoted(best['token'])} at position {best['position']} of a text, which "
-        f"receives {percent(best['received'])} in layer {best['layer']}."
+        f"{len(later)} of {n_tokens:,} later tokens {'stands' if len(later) == 1 else 'stand'} out "
+        f"in some layer; strongest is {quoted(best['token'])} at position {best['position']} of a "
+        f"text, which receives {percent(best['received'])} in layer {best['layer']}."
     )
 
 
