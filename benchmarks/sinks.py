@@ -37,7 +37,7 @@ def run(quick: bool) -> Iterator[dict]:
         yield record | {"model": about(n_layers)}
     if STATUS.exists():  # Linux
         lengths = [256, 512] if quick else [2048, 4096, 8192]
-        yield memory(smollm2(n_layers), lengths) | {"model": about(n_layers)}
+        yield memory(smollm2(2), lengths) | {"model": about(2)}
 
 
 def measure(folder: Path, n_tokens: int, repeats: int) -> Iterator[dict]:

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import tasks
+    from interp import report, tasks
     from interp.analysis.patterns import attention
     from interp.analysis.retrieval import retrieval_heads
     from interp.analysis.sinks import attention_sinks
@@ -47,6 +47,7 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "evaluate",
     "load",
     "load_intervention",
+    "report",
     "retrieval_heads",
     "tasks",
 ]
@@ -55,8 +56,8 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name == "tasks":
-        value = importlib.import_module("interp.tasks")
+    elif name in ("report", "tasks"):
+        value = importlib.import_module(f"interp.{name}")
     elif name == "__version__":
         from importlib.metadata import version
 

@@ -25,18 +25,12 @@ def zero():
 
 
 def test_a_ratio_is_the_time_of_the_first_over_that_of_the_second(monkeypatch):
-    top, bottom = iter([2, 4, 6, 8, 10]), iter([2, 2, 2, 2, 2])
-    seconds = {"top": top, "bottom": bottom}
-    monkeypatch.setattr(timing, "elapsed", lambda call: (next(seconds[call.__name__]), 1.0))
+    def other():
+        return zero()
 
-    def named(name):
-        def call():
-            return torch.zeros(1)
-
-        call.__name__ = name
-        return call
-
-    found = ratio(named("top"), named("bottom"), repeats=5, case="counted")
+    seconds = {zero: iter([2, 4, 6, 8, 10]), other: iter([2, 2, 2, 2, 2])}
+    monkeypatch.setattr(timing, "elapsed", lambda call: (next(seconds[call]), 1.0))
+    found = ratio(zero, other, repeats=5, case="counted")
     assert [found[name] for name in ("ratio_low", "ratio", "ratio_high")] == [2, 3, 4]
     assert found["cpu"] == 1
     assert found["case"] == "counted"

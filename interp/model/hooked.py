@@ -30,6 +30,7 @@ from interp.heads import Head, HeadError
 from interp.model.attention import Attention
 from interp.model.call import Call, Running
 from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, make_lazy
+from interp.model.norms import make_quiet_norms
 from interp.provenance import versions
 
 
@@ -362,6 +363,7 @@ def _hooked(
     for field, value in (("name", name), ("revision", revision), ("_running", running)):
         model.__dict__[field] = value  # the bridge forwards unknown attributes
     _make_lazy(model, running)
+    make_quiet_norms(model)
     model._scan_existing_hooks(model, "")
     new = {name for name in model.hook_dict if name.endswith("hook_attention")}
     model._driver.supported_hook_points |= new
