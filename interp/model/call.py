@@ -66,12 +66,14 @@ class Running:
     """What a model's hooks share while it runs.
 
     `call` is the forward pass that is running (or ran last), `passes` how many began. `generating`
-    is the prompt's width while `HookedModel.generate` runs (0: its first pass has yet to come).
+    is the prompt's width while `HookedModel.generate` runs (0: its first pass has yet to come);
+    `interventions` names what is applied at the moment.
     """
 
     call: Call | None = None
     passes: int = 0
     generating: int | None = None
+    interventions: tuple[str, ...] = ()
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Take down the facts of a call to the Hugging Face model (as its forward pre-hook)."""

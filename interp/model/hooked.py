@@ -202,14 +202,19 @@ class HookedModel(TransformerBridge):
 
             return name, hook_fn
 
-        pairs = chain.from_iterable(one.hooks(self) for one in _flat(interventions))
+        applied, running = list(_flat(interventions)), self._running
+        pairs = chain.from_iterable(one.hooks(self) for one in applied)
         hooks = [watched(*pair) for pair in pairs]
         self.check_hooks(fired)
-        passes = self._running.passes
-        with self.hooks(fwd_hooks=hooks):
-            yield self
+        passes, before = running.passes, running.interventions
+        running.interventions = (*before, *(_identity(one) for one in applied))
+        try:
+            with self.hooks(fwd_hooks=hooks):
+                yield self
+        finally:
+            running.interventions = before
         silent = [name for name, count in fired.items() if not count]
-        if silent and self._running.passes > passes:
+        if silent and running.passes > passes:
             raise HookError(
                 f"hooks: {silent[0]} never fired (of {len(silent)} such): the edit did not act."
             )
@@ -239,7 +244,11 @@ class HookedModel(TransformerBridge):
         """Raises `HeadError` where the model lacks one of the heads."""
         n_heads = self.cfg.n_heads
         layers = self.attention_layers
-        missing = [h for h in heads if h.layer not in layers or not 0 <= h.head < n_heads]
+        missing = [
+            h
+            for h in heads
+            if h.tower != "text" or h.layer not in layers or not 0 <= h.head < n_heads
+        ]
         if missing:
             raise HeadError(
                 f"heads: {len(missing)} of {len(heads)} are not in {self.name} (first: "
@@ -289,6 +298,7 @@ class HookedModel(TransformerBridge):
             "dtype": str(self.original_model.dtype).removeprefix("torch."),
             "device": str(self.cfg.device).split(":")[0],
             "attention": "lazy" if self.lazy else "eager",
+            "interventions": list(self._running.interventions),
             "versions": versions(),
         }
 
@@ -401,6 +411,12 @@ def _make_lazy(model: HookedModel, running: Running) -> None:
 def _config(component: AttentionBridge):
     module = attention_module(component) or component.original_component
     return getattr(module, "config", None)
+
+
+def _identity(intervention) -> str:
+    """What an intervention is, in words and by its digest (one of a user's own may have none)."""
+    digest = getattr(intervention, "digest", "")
+    return f"{intervention!r} {digest[:12]}".strip()
 
 
 def _flat(interventions) -> Iterator:

@@ -381,3 +381,16 @@ def test_a_padded_batch_reads_as_one_by_one(model):
     for row, tokens in enumerate(prompts):
         alone = model.read_attention(torch.tensor([tokens]), lambda a: a.mass_received())[0]
         assert_close(together[row, :, :, batch.first[row] :], alone, atol=1e-6, rtol=1e-4)
+
+
+def test_provenance_names_what_is_applied_and_only_then(model):
+    assert model.provenance()["interventions"] == []
+    with pytest.raises(KeyError), model.intervene(scaled(0, 0.0)):
+        assert len(model.provenance()["interventions"]) == 1
+        raise KeyError
+    assert model.provenance()["interventions"] == []
+
+
+def test_a_head_of_another_tower_is_not_taken_for_one_of_the_text(model):
+    with pytest.raises(HeadError, match="vision:L0H0"):
+        model.check_heads([Head(0, 0, "vision")])
