@@ -317,15 +317,7 @@ class Attention:
 
     def _logits(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
         """Scaled, soft-capped, with a float mask's numbers, edited; nothing hidden yet."""
-        q = self.q if block.heads is None else self.q[:, block.heads]
-        q = q[:, :, block.rows].float() * self.scale
-        k = self._keys_transposed[..., : block.n_keys]
-        group = self.n_heads // k.shape[1]
-        if block.heads is not None:
-            logits = q @ k[:, block.heads // group]
-        else:  # one product per kv head, the rows of its query heads stacked
-            stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-            logits = (stacked @ k).view(*q.shape[:3], block.n_keys)
+        logits = self._product(self._scaled_queries(block), self._keys_transposed, block)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.mask is not None and self.mask.dtype != torch.bool:
@@ -334,6 +326,24 @@ class Attention:
             if edit.on_logits:
                 logits = edit.apply(logits, block, None)
         return logits
+
+    def _scaled_queries(self, block: Block) -> Float[Tensor, "batch heads rows d_head"]:
+        q = self.q if block.heads is None else self.q[:, block.heads]
+        return q[:, :, block.rows].float() * self.scale
+
+    def _product(
+        self,
+        q: Float[Tensor, "batch heads rows d"],
+        k: Float[Tensor, "batch kv_head d key"],
+        block: Block,
+    ) -> Float[Tensor, "batch heads rows seen_keys"]:
+        k = k[..., : block.n_keys]
+        group = self.n_heads // k.shape[1]
+        if block.heads is not None:
+            return q @ k[:, block.heads // group]
+        # one product per kv head, the rows of its query heads stacked
+        stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+        return (stacked @ k).view(*q.shape[:3], block.n_keys)
 
     @kept
     def _keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
@@ -348,6 +358,10 @@ class Attention:
             return None
         keys = torch.arange(block.n_keys, device=block.rows.device)
         return (keys <= block.rows[:, None])[None, None]
+
+    @kept
+    def _keys_and_one(self) -> Float[Tensor, "batch kv_head d_head_and_1 key"]:
+        return pad(self._keys_transposed, (0, 0, 0, 1), value=1.0)
 
     def _masked(self, logits: Tensor, block: Block) -> Tensor:
         """Hidden keys get the lowest finite number, and so do those that an edit hid with −inf."""
@@ -374,8 +388,10 @@ class Attention:
         return weights
 
     def _weights_from_lse(self, block: Block) -> Tensor:
+        """exp(s - lse), the subtraction done within the product: one more dimension of q and k."""
         lse = self._fused[1] if block.heads is None else self._fused[1][:, block.heads]
-        weights = self._logits(block).sub_(lse[:, :, block.rows, None]).exp_()
+        q = torch.cat([self._scaled_queries(block), -lse[:, :, block.rows, None]], dim=-1)
+        weights = self._product(q, self._keys_and_one, block).exp_()
         if self.causal and len(block.rows):  # the first row sees all keys up to itself
             first = int(block.rows.min())
             later = torch.arange(first, block.n_keys, device=block.rows.device)
