@@ -391,7 +391,8 @@ def test_the_heads_found_are_needed_and_as_many_others_are_not(mini_llama):
     """The strong heads (0.5 and more, as the paper counts them), found on some needles, ablated on
     others, beside ten draws of as many others. Most lie in one layer, which has too few others to
     match the draws by layer: what is left of that layer is a control of its own. One draw in ten,
-    with three heads of layer 0 in it, does as much harm as the top; none may do more.
+    with three heads of layer 0 in it, does as much harm as the top; none may do more (a rule that
+    was loosened from "less harm than the top in every draw" after that draw was seen).
     """
     if not (mini_llama / "model.safetensors").exists():
         pytest.skip("needs the weights of data/models/mini-llama")
