@@ -1,7 +1,7 @@
 """The facts of the forward pass that is running: what a hook may ask of `model.call`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,7 +78,7 @@ class Running:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Take down the facts of a call to the Hugging Face model (as its forward pre-hook)."""
         tokens = _tokens(args, kwargs)
-        past = _cached(kwargs.get("past_key_values"))
+        past = _cached(kwargs)
         real_keys = _real_keys(tokens, past, kwargs.get("attention_mask"))
         n_keys = real_keys.shape[1]
         if self.generating == 0:
@@ -115,5 +115,7 @@ def _tokens(args: tuple, kwargs: dict) -> Tensor:
     return found[0]
 
 
-def _cached(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
+def _cached(kwargs: dict) -> int:
+    """How many tokens the cache holds; transformers 5.24 renamed the argument."""
+    caches = [kwargs.get(name) for name in ("cache", "past_key_values")]
+    return max((int(cache.get_seq_length()) for cache in caches if cache is not None), default=0)

@@ -109,6 +109,11 @@ class HookedModel(TransformerBridge):
         return self._running.call
 
     @property
+    def interventions(self) -> tuple[str, ...]:
+        """What is applied at the moment, in words."""
+        return self._running.interventions
+
+    @property
     def attention_layers(self) -> list[int]:
         """Layers that have attention."""
         return [i for i, block in enumerate(self.blocks) if "attn" in block._modules]
@@ -298,7 +303,7 @@ class HookedModel(TransformerBridge):
             "dtype": str(self.original_model.dtype).removeprefix("torch."),
             "device": str(self.cfg.device).split(":")[0],
             "attention": "lazy" if self.lazy else "eager",
-            "interventions": list(self._running.interventions),
+            "interventions": list(self.interventions),
             "versions": versions(),
         }
 
