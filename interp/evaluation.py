@@ -239,7 +239,8 @@ def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
     for batch in model.batches(lists, batch_size, desc):
         index = batch.index.tolist()
         target, real = answer_rows([answers[i] for i in index], batch.input_ids.device)
-        logits = model.last_logits(batch.input_ids, batch.attention_mask, target.shape[1])
+        with _told(model, prompts, index):
+            logits = model.last_logits(batch.input_ids, batch.attention_mask, target.shape[1])
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
         loss = torch.where(real, loss, 0).sum(1) / real.sum(1)
         correct = ((logits.argmax(-1) == target) | ~real).all(1)
@@ -257,7 +258,8 @@ def _generated(model, prompts, batch_size, desc) -> pd.DataFrame:
     for batch in model.batches(prompts["input_ids"], batch_size, desc):
         index = batch.index.tolist()
         longest = max(len(answers[i]) for i in index)
-        new = model.continue_greedily(batch.input_ids, batch.attention_mask, longest)
+        with _told(model, prompts, index):
+            new = model.continue_greedily(batch.input_ids, batch.attention_mask, longest)
         for row, i in enumerate(index):
             written = new[row, : len(answers[i])].tolist()
             told = new[row][written_by(model, new)[row]]
@@ -275,7 +277,8 @@ def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
     losses: dict[int, float] = {}
     for batch in model.batches(prompts["input_ids"], batch_size, desc):
         ids, mask = batch.input_ids, batch.attention_mask
-        logits = model.last_logits(ids, mask, ids.shape[1])[:, :-1]
+        with _told(model, prompts, batch.index.tolist()):
+            logits = model.last_logits(ids, mask, ids.shape[1])[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), ids[:, 1:], reduction="none"
         )
@@ -283,6 +286,15 @@ def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
         mean = torch.where(told, loss, 0).sum(1) / told.sum(1)
         losses |= dict(zip(batch.index.tolist(), mean.tolist(), strict=True))
     return pd.DataFrame({"loss": [losses[i] for i in range(len(prompts))]})
+
+
+def _told(model: HookedModel, prompts: Dataset, index: list[int]):
+    """Interventions may ask where spans lie, and which tokens are the prompt's."""
+    spans = None
+    if "spans" in prompts.column_names:
+        known = prompts.select(index)["spans"]
+        spans = [{name: s for name, s in row.items() if s is not None} for row in known]
+    return model.spans(spans, [len(ids) for ids in prompts.select(index)["input_ids"]])
 
 
 def _first_choice_tokens(model, prompts) -> list[tuple[int, list[int]]] | None:

@@ -34,9 +34,7 @@ class Answers:
 Metric = Callable[[Float[Tensor, "batch d_vocab"], Answers], Float[Tensor, " batch"]]
 
 
-def logit_diff(
-    logits: Float[Tensor, "batch d_vocab"], answers: Answers
-) -> Float[Tensor, " batch"]:
+def logit_diff(logits: Float[Tensor, "batch d_vocab"], answers: Answers) -> Float[Tensor, " batch"]:
     """Logit of the right answer minus that of the wrong one."""
     chosen = torch.stack([answers.right, answers.wrong], dim=1)
     right, wrong = logits.gather(1, chosen).unbind(1)
@@ -186,9 +184,7 @@ def pair_batch(model: HookedModel, pairs: Dataset) -> PairBatch:
     return PairBatch(clean, corrupted, right, wrong, positions)
 
 
-def in_pair_batches(
-    model: HookedModel, pairs: Dataset, size: int
-) -> Iterator[PairBatch]:
+def in_pair_batches(model: HookedModel, pairs: Dataset, size: int) -> Iterator[PairBatch]:
     """`pairs` in order, `size` at a time."""
     for start in range(0, len(pairs), size):
         yield pair_batch(model, pairs.select(range(start, min(start + size, len(pairs)))))

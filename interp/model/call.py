@@ -1,5 +1,6 @@
 """The facts of the forward pass that is running: what a hook may ask of `model.call`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,36 @@ Phase = Literal["prompt", "generated"]
 When = Literal["prompt", "generated", "both"]
 
 
+Spans = dict[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What the caller knows of the prompts in the batch, one entry a row.
+
+    `spans`: name -> [start, end) in the prompt's own tokens. `lengths`: how many of a row's tokens
+    are the prompt; what follows is an answer that is only read, and counts as generated.
+    """
+
+    spans: Sequence[Spans] | None = None
+    lengths: Sequence[int] | None = None
+
+    def of(self, rows: Sequence[int]) -> "Prompts":
+        """Of these rows, any number of times."""
+        spans, lengths = (
+            None if facts is None else [facts[row] for row in rows]
+            for facts in (self.spans, self.lengths)
+        )
+        return Prompts(spans, lengths)
+
+    def spread(self, n_rows: int) -> "Prompts | None":
+        """For a batch in which each prompt stands as often as the next (beams), next to itself."""
+        known = len(self.spans or self.lengths or ())
+        if not known or n_rows % known:
+            return None
+        return self.of([row * known // n_rows for row in range(n_rows)])
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One forward pass. Tokens are those given to this pass; keys are all tokens seen so far.
@@ -18,12 +49,19 @@ class Call:
     `prompt_width` is the number of columns of the prompt, padding included: tokens from there on
     are generated, also where a whole sequence is passed again without a cache (in
     `HookedModel.generate`). A prompt may come in chunks, of more than one token each.
+    `prompts` is what the caller told of them (`HookedModel.spans`).
     """
 
     input_ids: Int[Tensor, "batch token"] | None
     real_keys: Bool[Tensor, "batch key"]
     n_tokens: int
     prompt_width: int
+    prompts: Prompts | None = None
+
+    @property
+    def spans(self) -> Sequence[Spans] | None:
+        """Each row's named spans, [start, end) in the prompt's own tokens; None if not told."""
+        return None if self.prompts is None else self.prompts.spans
 
     @property
     def step(self) -> int:
@@ -51,12 +89,13 @@ class Call:
     @property
     def prompt_lengths(self) -> Int[Tensor, " batch"]:
         """Real tokens in each prompt."""
+        if self.prompts is not None and self.prompts.lengths is not None:
+            return torch.tensor(self.prompts.lengths, device=self.real_keys.device)
         return self.real_keys[:, : self.prompt_width].sum(1)
 
     def rows(self, when: When) -> Bool[Tensor, "batch token"]:
         """The real tokens of this pass that belong to the prompt, are generated, or both."""
-        columns = torch.arange(self.real_keys.shape[1], device=self.real_keys.device)
-        generated = (columns >= self.prompt_width)[-self.n_tokens :]
+        generated = self.positions >= self.prompt_lengths[:, None]
         chosen = {"prompt": ~generated, "generated": generated, "both": torch.ones_like(generated)}
         return self.real & chosen[when]
 
@@ -67,13 +106,14 @@ class Running:
 
     `call` is the forward pass that is running (or ran last), `passes` how many began. `generating`
     is the prompt's width while `HookedModel.generate` runs (0: its first pass has yet to come);
-    `interventions` names what is applied at the moment.
+    `interventions` names what is applied at the moment, `prompts` is what the caller told.
     """
 
     call: Call | None = None
     passes: int = 0
     generating: int | None = None
     interventions: tuple[str, ...] = ()
+    prompts: Prompts | None = None
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Take down the facts of a call to the Hugging Face model (as its forward pre-hook)."""
@@ -85,7 +125,8 @@ class Running:
             self.generating = n_keys
         ids = None if tokens.is_floating_point() else tokens
         width = self._prompt_width(past, n_keys)
-        self.call = Call(ids, real_keys, tokens.shape[1], width)
+        told = None if self.prompts is None else self.prompts.spread(len(tokens))
+        self.call = Call(ids, real_keys, tokens.shape[1], width, told)
         self.passes += 1
 
     def _prompt_width(self, past: int, n_keys: int) -> int:

@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from interp import zoo
 from interp.heads import Head, HeadError
 from interp.model.attention import Attention
-from interp.model.call import Call, Running
+from interp.model.call import Call, Prompts, Running, Spans
 from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, make_lazy
+from interp.model.midpoint import carry_mid_edits
 from interp.model.norms import make_quiet_norms
 from interp.provenance import versions
 
@@ -224,6 +225,21 @@ class HookedModel(TransformerBridge):
                 f"hooks: {silent[0]} never fired (of {len(silent)} such): the edit did not act."
             )
 
+    @contextmanager
+    def spans(
+        self, spans: Sequence[Spans] | None, lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """Tell hooks (`model.call.spans`) where each row's named spans lie, while in the block.
+
+        `spans`: one dict a row, name -> [start, end) in the prompt's own tokens, padding not
+        counted. `lengths`: how many of each row's tokens are the prompt, where answers follow.
+        """
+        before, self._running.prompts = self._running.prompts, Prompts(spans, lengths)
+        try:
+            yield
+        finally:
+            self._running.prompts = before
+
     def check_hooks(self, names: Iterable[str]) -> None:
         """Raises `HookError`, with the nearest names, where the model lacks one, or it is off."""
         for name in names:
@@ -379,6 +395,7 @@ def _hooked(
         model.__dict__[field] = value  # the bridge forwards unknown attributes
     _make_lazy(model, running)
     make_quiet_norms(model)
+    carry_mid_edits(model)
     model._scan_existing_hooks(model, "")
     new = {name for name in model.hook_dict if name.endswith("hook_attention")}
     model._driver.supported_hook_points |= new

@@ -193,7 +193,7 @@ def make_lazy(
         kind = type(component)
         members = {"forward_of_bridge": kind.forward}
         component.__class__ = type(f"Lazy{kind.__name__}", (LazyAttention, kind), members)
-    component.hook_attention = HookPoint()
+    component.hook_attention = HookPoint().train(component.training)
     component._running, component._lazy = (running if has_tokens else Running()), lazy
     if not lazy:
         return

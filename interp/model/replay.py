@@ -1,4 +1,4 @@
-"""Replay instead of rerun: continue a recorded pass from the layer that changed, many times at once.
+"""Replay instead of rerun: continue a recorded pass from the layer that changed, many at once.
 
 What happens at layer l changes nothing before l and, under causal attention, nothing before its
 position. `record` runs the model once and keeps what entered each block, and every layer's keys and
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from interp.errors import UserError
+from interp.model.call import Prompts
 from interp.model.hooked import HookedModel
 
 KeysAndValues = tuple[
@@ -59,6 +60,7 @@ class Recording:
     resid_pre: list[Float[Tensor, "batch token d_model"]]
     keys_values: list[KeysAndValues] | None
     logits: Float[Tensor, "batch read d_vocab"]
+    prompts: Prompts | None = None
 
     @property
     def can_start_late(self) -> bool:
@@ -72,7 +74,7 @@ class Recording:
     def replay(
         self, layer: int, rows: Int[Tensor, " row"] | None = None, start: int = 0
     ) -> Float[Tensor, "row read d_vocab"]:
-        """Run blocks `layer` and later on prompts `rows` (any, repeated as wished), from `start` on.
+        """Run blocks `layer` and later on prompts `rows` (any, repeated as wished) from `start` on.
 
         Returns the logits at `read` (as they were recorded where `read` comes before `start`).
         Hooks see the tokens from `start` on.
@@ -96,9 +98,10 @@ class Recording:
         late = self.read >= start
         options: dict[str, Any] = {}
         if start:
-            options[_cache_name(self.model)] = self._cache(layer, rows, start)
+            options[str(_cache_name(self.model))] = self._cache(layer, rows, start)
         hidden = self.resid_pre[layer][rows, start:]
-        with _passing_over(self.model, layer, hidden), _as_prompt(self.model, n_tokens):
+        told = None if self.prompts is None else self.prompts.of(rows.tolist())
+        with _passing_over(self.model, layer, hidden), _as_prompt(self.model, n_tokens, told):
             logits = _logits_at(
                 self.model,
                 self.input_ids[rows, start:],
@@ -160,17 +163,18 @@ def record(
         resid_pre.append(value)
 
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(model.blocks))]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]), _as_prompt(model, n_tokens):
+    told = model._running.prompts
+    with model.hooks(fwd_hooks=[(name, keep) for name in names]), _as_prompt(model, n_tokens, told):
         logits = _logits_at(model, input_ids, mask, columns, **options)
     keys_values = None if model.interventions else _kept_by(cache, len(names), n_tokens)
-    recording = Recording(model, input_ids, mask, columns, resid_pre, keys_values, logits)
+    recording = Recording(model, input_ids, mask, columns, resid_pre, keys_values, logits, told)
     _try_out(recording)
     return recording
 
 
 def tokens_at_once(model: HookedModel) -> int:
     """How many tokens to replay in one pass: as fast as can be, within the memory there is."""
-    device = torch.device(model.cfg.device)
+    device = torch.device(model.cfg.device or "cpu")
     width = max(model.cfg.d_model, getattr(model.cfg, "d_mlp", None) or 0)
     number = torch.finfo(model.original_model.dtype).bits // 8
     room = SHARE_OF_FREE_MEMORY * _free_memory(device) / (COPIES_PER_TOKEN * width * number)
@@ -210,13 +214,15 @@ def _takes(model: HookedModel, name: str) -> bool:
     return name in signature(model.original_model.forward).parameters
 
 
-def _kept_by(cache: DynamicCache | None, n_layers: int, n_tokens: int) -> list[KeysAndValues] | None:
+def _kept_by(
+    cache: DynamicCache | None, n_layers: int, n_tokens: int
+) -> list[KeysAndValues] | None:
     """Keys and values of every layer; None where the cache is not simply that."""
     if cache is None or len(cache.layers) != n_layers:
         return None
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    found = [(layer.keys, layer.values) for layer in cache.layers]
+    found: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]
     whole = all(k is not None and k.shape[-2] == n_tokens for k, _ in found)
     return found if whole else None
 
@@ -248,14 +254,15 @@ def _hand_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:
 
 
 @contextmanager
-def _as_prompt(model: HookedModel, n_tokens: int) -> Iterator[None]:
+def _as_prompt(model: HookedModel, n_tokens: int, told: Prompts | None) -> Iterator[None]:
     """Tokens that are replayed behind a cache are the prompt's, not generated ones."""
     running = model._running
-    before, running.generating = running.generating, n_tokens
+    before = running.generating, running.prompts
+    running.generating, running.prompts = n_tokens, told
     try:
         yield
     finally:
-        running.generating = before
+        running.generating, running.prompts = before
 
 
 def _try_out(recording: Recording) -> None:
