@@ -26,7 +26,7 @@ class Noise:
     draw of a pair depends on `seed` and its tokens alone.
     """
 
-    at: tuple[str, ...]
+    at: str | tuple[str, ...]
     scale: float = 3.0
     seed: int = 0
 
@@ -53,7 +53,9 @@ def noised(model: HookedModel, batch: PairBatch, corruption: Noise) -> Iterator[
         draws.append(torch.randn(batch.n_tokens, model.cfg.d_model, generator=generator))
     noise = sigma * torch.stack(draws)
 
-    def add(value: Tensor, hook) -> Tensor:
+    def add(value: Tensor, hook) -> Tensor | None:
+        if value.shape[:2] != where.shape:
+            return None  # a replay, which does not use what is embedded
         return torch.where(where[..., None], value + noise.to(value), value)
 
     with model.hooks(fwd_hooks=[("hook_embed", add)]):

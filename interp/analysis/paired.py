@@ -149,22 +149,7 @@ def pair_batch(model: HookedModel, pairs: Dataset) -> PairBatch:
 
     Raises `PairError` where there are none, or these are no pairs.
     """
-    missing = {"clean_input_ids", "corrupted_input_ids", "answers"} - set(pairs.column_names)
-    if missing or not len(pairs):
-        raise PairError(
-            f"pairs: {'no rows' if not missing else 'no column ' + sorted(missing)[0]}; make them "
-            "with interp.tasks.pairs(model, clean=..., corrupted=..., answers=...) or a task of "
-            "pairs such as interp.tasks.ioi(model)."
-        )
-    lengths = [
-        (len(a), len(b)) for a, b in zip(pairs["clean_input_ids"], pairs["corrupted_input_ids"])
-    ]
-    for n, (one, other) in enumerate(lengths):
-        if one != other:
-            raise PairError(
-                f"pairs: pair {n} has {one} clean and {other} corrupted tokens; patching needs the "
-                "same number, aligned token by token."
-            )
+    lengths = check_pairs(pairs)
     clean = model.batch(list(pairs["clean_input_ids"]))
     corrupted = model.batch(list(pairs["corrupted_input_ids"]))
     device = clean.input_ids.device
@@ -174,14 +159,35 @@ def pair_batch(model: HookedModel, pairs: Dataset) -> PairBatch:
     positions = []
     for n, (offset, row) in enumerate(zip(first, named, strict=True)):
         there = {name: p for name, p in (row or {}).items() if p is not None}
-        outside = [name for name, p in there.items() if not 0 <= p < lengths[n][0]]
+        outside = [name for name, p in there.items() if not 0 <= p < lengths[n]]
         if outside:
             raise PairError(
                 f"position {outside[0]!r}: {there[outside[0]]} is outside pair {n}, which has "
-                f"{lengths[n][0]} tokens."
+                f"{lengths[n]} tokens."
             )
         positions.append({name: offset + p for name, p in there.items()})
     return PairBatch(clean, corrupted, right, wrong, positions)
+
+
+def check_pairs(pairs: Dataset) -> list[int]:
+    """How many tokens each pair has. Raises `PairError` where these are no pairs, or none."""
+    missing = {"clean_input_ids", "corrupted_input_ids", "answers"} - set(pairs.column_names)
+    if missing or not len(pairs):
+        raise PairError(
+            f"pairs: {'no rows' if not missing else 'no column ' + sorted(missing)[0]}; make them "
+            "with interp.tasks.pairs(model, clean=..., corrupted=..., answers=...) or a task of "
+            "pairs such as interp.tasks.ioi(model)."
+        )
+    lengths = []
+    for n, row in enumerate(pairs.select_columns(["clean_input_ids", "corrupted_input_ids"])):
+        one, other = len(row["clean_input_ids"]), len(row["corrupted_input_ids"])
+        if one != other:
+            raise PairError(
+                f"pairs: pair {n} has {one} clean and {other} corrupted tokens; patching needs the "
+                "same number, aligned token by token."
+            )
+        lengths.append(one)
+    return lengths
 
 
 def in_pair_batches(model: HookedModel, pairs: Dataset, size: int) -> Iterator[PairBatch]:

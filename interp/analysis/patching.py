@@ -31,7 +31,7 @@ from jaxtyping import Float
 
 from interp.analysis.grid import SITES, Grid, Position
 from interp.analysis.noise import Noise
-from interp.analysis.paired import Metric, PairError, metric_of
+from interp.analysis.paired import Metric, PairError, check_pairs, metric_of
 from interp.analysis.shards import in_shards
 from interp.analysis.sweep import PAIRS_AT_ONCE, Direction, Source, Sweep, mean_values
 from interp.heads import HeadScores
@@ -134,16 +134,15 @@ class Patching:
     def _gap_or_nan(self) -> float:
         return self.gap or float("nan")
 
-    def _interval(self) -> tuple[np.ndarray, np.ndarray]:
+    def _interval(self) -> Float[np.ndarray, "2 cell"]:
         n = len(self.values)
         if n < 2:
-            return (np.full(len(self.cells), np.nan),) * 2
+            return np.full((2, len(self.cells)), np.nan)
         draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=RESAMPLES) / n
         gaps = draws @ (self.clean - self.corrupted)
         with np.errstate(divide="ignore", invalid="ignore"):
             effects = (draws @ self._moved_up) / gaps[:, None]
-        low, high = np.nanquantile(effects, [0.025, 0.975], axis=0)
-        return low, high
+        return np.nanquantile(effects, [0.025, 0.975], axis=0)
 
 
 def activation_patching(
@@ -191,6 +190,7 @@ def activation_patching(
         HookError: A site that this architecture does not have (parallel blocks: resid_mid).
         ReplayError: A model that cannot be replayed, or is in training mode.
     """
+    check_pairs(pairs)
     name, function = metric_of(metric)
     grid = Grid.of(model, pairs, site, by, layers, heads, positions, window)
     _check(direction, source, corruption, batch_size)
