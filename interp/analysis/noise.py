@@ -46,12 +46,13 @@ def noised(model: HookedModel, batch: PairBatch, corruption: Noise) -> Iterator[
     """Adds the noise to the embeddings of the batch's clean prompts, if they run in the block."""
     where = noisy_columns(batch, corruption)
     sigma = corruption.scale * _embedding_spread(model)
-    draws = []
-    for ids, mask in zip(batch.clean.input_ids, batch.attention_mask, strict=True):
-        own = zlib.crc32(str(ids[mask.bool()].tolist()).encode())
+    noise = torch.zeros(*where.shape, model.cfg.d_model)
+    for row, real in enumerate(batch.attention_mask.bool()):
+        own = zlib.crc32(str(batch.clean.input_ids[row, real].tolist()).encode())
         generator = torch.Generator().manual_seed(own + corruption.seed)
-        draws.append(torch.randn(batch.n_tokens, model.cfg.d_model, generator=generator))
-    noise = sigma * torch.stack(draws)
+        n_tokens = int(real.sum())
+        noise[row, -n_tokens:] = torch.randn(n_tokens, model.cfg.d_model, generator=generator)
+    noise *= sigma
 
     def add(value: Tensor, hook) -> Tensor | None:
         if value.shape[:2] != where.shape:
