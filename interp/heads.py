@@ -182,13 +182,15 @@ class HeadScores:
         if layers is not None:
             layer = np.asarray(layers)[layer]
         where = pd.DataFrame({"layer": layer, "head": head, "tower": tower})
-        return cls._summarise(
+        return cls.from_columns(
             where, values.reshape(n_prompts, n_layers * n_heads), metadata, keep_samples
         )
 
     @classmethod
-    def _summarise(cls, where: pd.DataFrame, samples, metadata, keep_samples) -> "HeadScores":
-        """`where` [row] names the heads, `samples` [prompt row] holds their numbers."""
+    def from_columns(
+        cls, where: pd.DataFrame, samples, metadata: dict, keep_samples: bool = True
+    ) -> "HeadScores":
+        """Mean, std and n of `samples` [prompt row]; `where` [row] has `layer, head, tower`."""
         infinite = _heads(where[np.isinf(samples).any(axis=0)])
         if infinite:
             raise ScoresError(
@@ -339,7 +341,7 @@ class HeadScores:
         ours = _heads(_by_score(common).iloc[:k])
         theirs = _heads(_by_score(common.assign(score=common["score_other"])).iloc[:k])
         shared = tuple(sorted(set(ours) & set(theirs)))
-        null = _overlap_null(_heads(common), ours, theirs, _stratum(match))
+        null = overlap_null(_heads(common), ours, theirs, match)
         return Overlap(
             shared=shared,
             jaccard=len(shared) / max(1, 2 * k - len(shared)),
@@ -364,7 +366,7 @@ class HeadScores:
             rows.setdefault(label, []).append(row)
         where = self._table[KEY]
         return {
-            label: self._summarise(where, self._samples[chosen], self._metadata, True)
+            label: self.from_columns(where, self._samples[chosen], self._metadata, True)
             for label, chosen in rows.items()
         }
 
@@ -543,16 +545,20 @@ def mean_std_n(
     return mean, np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1)), np.nan), n
 
 
-def _overlap_null(
-    pool: list[Head], ours: list[Head], theirs: list[Head], stratum: Callable
+def overlap_null(
+    pool: Sequence[Head], ours: Sequence[Head], theirs: Sequence[Head], match: str | None = None
 ) -> Float[np.ndarray, " shared"]:
-    """P(number of shared heads), if within each stratum one list were drawn at random."""
+    """P(0, 1, ... shared heads) if one of two lists were drawn at random from `pool`.
+
+    With `match="layer"` as many in each layer as it has there: a sum of hypergeometric laws, exact.
+    """
+    stratum = _stratum(match)
     sizes, left, right = (Counter(map(stratum, heads)) for heads in (pool, ours, theirs))
     null = np.ones(1)
     for place, size in sizes.items():
         counts = np.arange(min(left[place], right[place]) + 1)
         null = np.convolve(null, stats.hypergeom.pmf(counts, size, left[place], right[place]))
-    return np.pad(null, (0, len(ours) + 1 - len(null)))
+    return np.pad(null, (0, max(0, len(ours) + 1 - len(null))))
 
 
 def _tidy(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
@@ -759,7 +765,7 @@ def _load_published(path: Path, keep_samples: bool) -> HeadScores:
         }
     )
     metadata = {"analysis": "retrieval_heads", "source": path.name}
-    return HeadScores._summarise(where, samples, metadata, keep_samples)
+    return HeadScores.from_columns(where, samples, metadata, keep_samples)
 
 
 def _published_head(key: str, path: Path) -> Head:

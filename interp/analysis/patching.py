@@ -103,9 +103,7 @@ class Patching:
             )
         up = self._moved_up / self._gap_or_nan
         moved = up if self.metadata["direction"] == "denoise" else 1 - up
-        return HeadScores._summarise(
-            self.cells.assign(tower="text"), moved, self.metadata, keep_samples=True
-        )
+        return HeadScores.from_columns(self.cells.assign(tower="text"), moved, self.metadata)
 
     def plot(self, **options):
         """`effect` as a map over two axes, or a line over one."""
