@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from interp import figures
-from interp.figures import FigureError
+from interp.figures import FigureError, look
 from interp.heads import HeadScores
 
 TOKENS = ["<s>", " the", " cat", " saw", " the", " cat"]
@@ -63,7 +63,7 @@ def test_many_tokens_get_fewer_labels_with_their_positions_and_a_byte_a_cell():
     pattern = causal(1, 200)
     figure = figures.attention_pattern(pattern, [f" w{i}" for i in range(200)])
     axis = figure.layout.xaxis
-    assert len(axis.tickvals) <= figures.MAX_LABELS
+    assert len(axis.tickvals) <= look.MAX_LABELS
     assert axis.ticktext[1] == f"{axis.tickvals[1]}: w{axis.tickvals[1]}"
     sent = figure.to_plotly_json()["data"][0]["z"]
     assert sent["dtype"] == "u1"
@@ -242,5 +242,5 @@ def test_every_figure_wears_the_house_template():
     ]
     for figure in drawn:
         assert isinstance(figure, go.Figure)
-        assert list(figure.layout.template.layout.colorway) == figures.PALETTE
+        assert list(figure.layout.template.layout.colorway) == look.PALETTE
         assert figure.layout.template.layout.title.xanchor == "left"
