@@ -8,45 +8,68 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp import report, tasks
+    from interp.analysis.attribution import attribution_patching
+    from interp.analysis.circuits import Circuit, find_circuit
+    from interp.analysis.overlap import circuit_overlap
+    from interp.analysis.patching import activation_patching
+    from interp.analysis.paths import path_patching
     from interp.analysis.patterns import attention
     from interp.analysis.retrieval import retrieval_heads
+    from interp.analysis.roles import head_roles
     from interp.analysis.sinks import attention_sinks
     from interp.evaluation import compare, evaluate
     from interp.heads import Head, HeadScores
     from interp.intervention.ablate import Ablate
     from interp.intervention.base import Intervention, load_intervention
+    from interp.intervention.steer import SteerAttention
     from interp.model.hooked import HookedModel, load
 
     __version__: str
 
 _HOMES = {
     "Ablate": "interp.intervention.ablate",
+    "Circuit": "interp.analysis.circuits",
     "Head": "interp.heads",
     "HeadScores": "interp.heads",
     "HookedModel": "interp.model.hooked",
     "Intervention": "interp.intervention.base",
+    "SteerAttention": "interp.intervention.steer",
+    "activation_patching": "interp.analysis.patching",
     "attention": "interp.analysis.patterns",
     "attention_sinks": "interp.analysis.sinks",
+    "attribution_patching": "interp.analysis.attribution",
+    "circuit_overlap": "interp.analysis.overlap",
     "compare": "interp.evaluation",
     "evaluate": "interp.evaluation",
+    "find_circuit": "interp.analysis.circuits",
+    "head_roles": "interp.analysis.roles",
     "load": "interp.model.hooked",
     "load_intervention": "interp.intervention.base",
+    "path_patching": "interp.analysis.paths",
     "retrieval_heads": "interp.analysis.retrieval",
 }
 
 __all__ = [  # as literals, since type checkers do not read _HOMES
     "Ablate",
+    "Circuit",
     "Head",
     "HeadScores",
     "HookedModel",
     "Intervention",
+    "SteerAttention",
     "__version__",
+    "activation_patching",
     "attention",
     "attention_sinks",
+    "attribution_patching",
+    "circuit_overlap",
     "compare",
     "evaluate",
+    "find_circuit",
+    "head_roles",
     "load",
     "load_intervention",
+    "path_patching",
     "report",
     "retrieval_heads",
     "tasks",

@@ -34,6 +34,7 @@ from interp.analysis.noise import Noise
 from interp.analysis.paired import Metric, PairError, check_pairs, metric_of
 from interp.analysis.shards import in_shards
 from interp.analysis.sweep import PAIRS_AT_ONCE, Direction, Source, Sweep, mean_values
+from interp.files import write_atomically
 from interp.heads import HeadScores
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import describe
@@ -104,6 +105,16 @@ class Patching:
         up = self._moved_up / self._gap_or_nan
         moved = up if self.metadata["direction"] == "denoise" else 1 - up
         return HeadScores.from_columns(self.cells.assign(tower="text"), moved, self.metadata)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `cells.parquet`, `per_prompt.parquet` and, by layer and head, `heads.parquet`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in (("cells", self.table), ("per_prompt", self.per_prompt)):
+            write_atomically(folder / f"{name}.parquet", table.to_parquet)
+        if set(self.by) == {"layer", "head"} and self.metadata["head_kind"] == "query":
+            self.heads.save(folder / "heads.parquet")
+        return folder
 
     def plot(self, **options):
         """`effect` as a map over two axes, or a line over one."""
@@ -211,13 +222,16 @@ def activation_patching(
     table = in_shards(
         sweep.run, pairs, PAIRS_AT_ONCE, settings, out, resume, "patching" if progress else None
     )
-    return Patching(
+    found = Patching(
         grid.cells,
         np.stack(table["values"].to_list()),
         table["clean"].to_numpy(float),
         table["corrupted"].to_numpy(float),
         settings,
     )
+    if out is not None:
+        found.save(out)
+    return found
 
 
 def _check(direction, source, corruption, batch_size: int | None) -> None:

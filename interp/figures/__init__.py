@@ -6,7 +6,16 @@ positions with their text as tick labels, since plotly would merge equal labels 
 """
 
 from interp.figures.lines import conditions, faithfulness_curve, histogram, profile, scatter
-from interp.figures.look import FigureError, shown, token_ticks
+from interp.figures.look import (
+    FAINT,
+    INK,
+    NOTHING,
+    PALETTE,
+    TEMPLATE,
+    FigureError,
+    shown,
+    token_ticks,
+)
 from interp.figures.maps import (
     attention_pattern,
     effects,
@@ -17,6 +26,11 @@ from interp.figures.maps import (
 )
 
 __all__ = [
+    "FAINT",
+    "INK",
+    "NOTHING",
+    "PALETTE",
+    "TEMPLATE",
     "FigureError",
     "attention_pattern",
     "conditions",
