@@ -89,20 +89,25 @@ def test_the_letter_is_that_of_the_color_in_the_context(facts):
 
 
 def test_char_spans_cut_out_the_words_they_name():
+    def named(example):
+        text = example["text"]
+        return {name: text[start:end] for name, (start, end) in example["char_spans"].items()}
+
     for example in ioi(N, seed=4):
-        words = {k: example["text"][a:b] for k, (a, b) in example["char_spans"].items()}
-        assert " " + words["receiver"] == example["answer"]
-        assert words["giver_first"] == words["giver_again"] != words["receiver"]
-        first, again = (example["char_spans"][k] for k in ("giver_first", "giver_again"))
-        assert first[0] < again[0]
+        words, spans = named(example), example["char_spans"]
+        assert " " + words["IO"] == example["answer"]
+        assert words["S1"] == words["S2"] != words["IO"]
+        assert max(spans["S1"][0], spans["IO"][0]) < spans["S2"][0]
     for example in colored_objects(N, seed=4):
-        words = {k: example["text"][a:b] for k, (a, b) in example["char_spans"].items()}
-        assert " " + words["color"] == example["answer"] and words["object"] == words["asked"]
+        words = named(example)
+        assert " " + words["color"] == example["answer"]
+        assert words["object"] == words["asked"] == words["begun"]
         assert f"a {words['color']} {words['object']}" in example["text"]
         assert "Question" in example["text"][: example["char_spans"]["asked"][0]]
     for example in multiple_choice(N, seed=4):
-        words = {k: example["text"][a:b] for k, (a, b) in example["char_spans"].items()}
-        assert " " + words["letter"] == example["answer"] and words["color"] == words["option"]
+        words = named(example)
+        assert " " + words["right_label"] == example["answer"]
+        assert words["color"] == words["right_option"]
 
 
 @pytest.mark.parametrize("examples", [ioi, colored_objects, multiple_choice])

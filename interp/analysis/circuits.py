@@ -268,8 +268,9 @@ def _sizes(n_heads: int, n: int = 16) -> list[int]:
 def _smallest(curve: pd.DataFrame, target: float) -> int:
     if curve["faithfulness"].isna().any():
         raise PairError(
-            "pairs: without all heads the model does as well as with them, so there is no gap that "
-            "a circuit could explain; are clean and corrupted prompts the same?"
+            "pairs: with all heads the model does no better than with all heads of the corrupted "
+            "prompts, so there is no gap that a circuit could explain. Does it do this task at all "
+            "(interp.evaluate)? metric='kl' compares whole distributions instead."
         )
     reached = curve[(curve["faithfulness"] >= target) & (curve["size"] > 0)]
     if reached.empty:

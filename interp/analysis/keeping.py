@@ -80,8 +80,14 @@ def share(
     whole: Float[np.ndarray, " pair"],
     nothing: Float[np.ndarray, " pair"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean value - mean nothing) / (mean whole - mean nothing), with its 95 % interval."""
+    """(mean value - mean nothing) / (mean whole - mean nothing), with its 95 % interval.
+
+    NaN where the whole is not above nothing: then there is no task to have a share of.
+    """
     n = len(values)
+    if not whole.mean() > nothing.mean():
+        nowhere = np.full(values.shape[1], np.nan)
+        return nowhere, nowhere, nowhere
     draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=RESAMPLES) / n
     weights = np.concatenate([np.full((1, n), 1 / n), draws])
     with np.errstate(divide="ignore", invalid="ignore"):

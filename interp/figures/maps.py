@@ -227,7 +227,7 @@ def head_maps(
     figure = make_subplots(
         1, len(values), subplot_titles=list(titles), shared_yaxes=True, horizontal_spacing=0.06
     )
-    _, high = _color_limits(np.stack(values), True)
+    _, high = _color_limits(np.concatenate(values), True)
     for column, z in enumerate(values, start=1):
         cells = go.Heatmap(
             z=z, x=np.arange(n_heads), y=np.arange(n_layers), coloraxis="coloraxis", xgap=1, ygap=1,

@@ -1,4 +1,4 @@
-"""The report: sinks, needles, retrieval heads and their ablation on one self-contained page.
+"""The report: sinks, needles, retrieval heads and their ablation, circuits, on one page.
 
     from interp import report
     report.write(model, "report/")
@@ -28,6 +28,7 @@ from interp.heads import HeadScores, ScoresError
 from interp.model.hooked import HookedModel
 from interp.provenance import versions
 from interp.report.ablation import ablation_section
+from interp.report.circuits import circuits_section, find_circuits
 from interp.report.page import write_page
 from interp.report.plan import Plan, Texts, heads_to_ablate
 from interp.report.retrieval import (
@@ -44,7 +45,7 @@ from interp.tasks.prompts import describe
 __all__ = ["Plan", "write"]
 
 PAGE = "report.html"
-STAGES = ("sinks", "retrieval", "ablation", "page")
+STAGES = ("sinks", "retrieval", "ablation", "circuits", "page")
 
 
 def write(
@@ -91,6 +92,8 @@ def write(
     ks = heads_to_ablate(scores, plan)
     tell("ablation", f"top {max(ks)} heads against {plan.draws} random draws")
     result, note = ablated(model, scores, ks, plan, texts, run.folder / "ablation", stage)
+    tell("circuits", f"heads that carry a task, {plan.n_pairs} pairs of each")
+    circuits = find_circuits(model, plan, run.folder / "circuits", progress)
     tell("page", "writing")
 
     sections = [
@@ -100,6 +103,7 @@ def write(
             scores, needles, scores.top(max(ks)), shown_pattern(model, scores, needles, answered)
         ),
         ablation_section(result, note),
+        *([circuits_section(circuits)] if circuits else []),
     ]
     record = run.finish(
         seconds=round(time.monotonic() - began),

@@ -31,7 +31,8 @@ class Plan:
     that score the heads. `n_ablation`, `draws`: held-out prompts of the ablation, and its random
     controls. `ks`: how many heads to ablate (None: chosen from the scores). `n_texts`, `tokens`:
     texts for sinks and for the control. `data`: a text file or folder that takes the place of our
-    own texts and of the haystack.
+    own texts and of the haystack. `n_pairs`: pairs of prompts that circuits are found and tested on
+    (0: no circuits).
     """
 
     task: str = "needle"
@@ -44,6 +45,7 @@ class Plan:
     how: str = "zero"
     n_texts: int = 8
     tokens: int = 128
+    n_pairs: int = 24
     data: str | None = None
     seed: int = 0
     batch_size: int = 4
@@ -55,18 +57,23 @@ class Plan:
         for name, low in (least | {"batch_size": 1}).items():
             if getattr(self, name) < low:
                 raise PlanError(f"{name}={getattr(self, name)}: at least {low}.")
+        if self.n_pairs and self.n_pairs < 4:
+            raise PlanError(f"n_pairs={self.n_pairs}: 0, or at least 4.")
         if self.lengths is not None:
             object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
 
     @classmethod
     def quick(cls, **changes) -> "Plan":
         """A look: a minute or two for 135M parameters, and intervals to match."""
-        return cls(**{"n": 15, "n_ablation": 10, "draws": 4, "n_texts": 3, "tokens": 64} | changes)
+        return cls(
+            **{"n": 15, "n_ablation": 10, "draws": 4, "n_texts": 3, "tokens": 64, "n_pairs": 8}
+            | changes
+        )
 
     @classmethod
     def full(cls, **changes) -> "Plan":
         """For a paper: some ten times the default."""
-        return cls(**{"n": 300, "n_ablation": 100, "draws": 30} | changes)
+        return cls(**{"n": 300, "n_ablation": 100, "draws": 30, "n_pairs": 128} | changes)
 
     def fitted(self, model: HookedModel) -> "Plan":
         """The plan with lengths that suit the model's tokens and context window."""

@@ -20,9 +20,9 @@ def percent(share: Number) -> str:
 def number(value: Number, digits: int = 2) -> str:
     """Two decimals below ten, none from a hundred on, with separators."""
     size = abs(value)
-    if size >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.{digits}f}"
+    decimals = 0 if size >= 100 else 1 if size >= 10 else digits
+    text = f"{value:,.{decimals}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
 
 def change(value: Number, digits: int = 2) -> str:

@@ -4,7 +4,11 @@ The functions bear the names of their modules and are bound here at once: were t
 importing a module first (`interp.tasks.needle`) would hide the function of the same name.
 """
 
+from interp.tasks.colored_objects import colored_objects
+from interp.tasks.ioi import ioi
+from interp.tasks.multiple_choice import multiple_choice
 from interp.tasks.needle import Needle, needle
+from interp.tasks.pairs import corrupted, pairs
 from interp.tasks.prompts import PromptError, SpanError, as_prompts, describe, from_examples
 from interp.tasks.repeats import repeats
 from interp.tasks.text import text
@@ -14,9 +18,14 @@ __all__ = [
     "PromptError",
     "SpanError",
     "as_prompts",
+    "colored_objects",
+    "corrupted",
     "describe",
     "from_examples",
+    "ioi",
+    "multiple_choice",
     "needle",
+    "pairs",
     "repeats",
     "text",
 ]

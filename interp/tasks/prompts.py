@@ -44,7 +44,7 @@ def as_prompts(model, prompts, *, max_tokens: int | None = None) -> Dataset:
     `PromptError` naming the prompt that is empty, not text, or longer than the context window.
     """
     if isinstance(prompts, Dataset) and "input_ids" in prompts.column_names:
-        return _checked(model, prompts, max_tokens)
+        return checked(model, prompts, max_tokens)
     examples = _examples(prompts)
     if max_tokens is not None:
         examples = [_cut(tokenizer_of(model), n, e, max_tokens) for n, e in enumerate(examples)]
@@ -82,7 +82,7 @@ def from_examples(
         "parameters": parameters or {},
         "tokens": token_policy(tokenizer, chat),
     }
-    return _checked(model, _dataset(rows, about))
+    return checked(model, _dataset(rows, about))
 
 
 def texts_of(prompts) -> list[str]:
@@ -92,7 +92,7 @@ def texts_of(prompts) -> list[str]:
 
 def describe(prompts: Dataset) -> dict:
     """What these prompts are, for provenance: `task`, `parameters`, `tokens`, `n`, `sha256`."""
-    about = _about(prompts.info.description)
+    about = about_of(prompts.info.description)
     digest = hashlib.sha256()
     for row in prompts:
         line = json.dumps(row, sort_keys=True, ensure_ascii=True, default=_digest)
@@ -239,6 +239,7 @@ def _row(tokenizer, n: int, example: dict, *, special: bool) -> dict:
         "spans": spans,
     }
     known = (*row, "reply", "char_spans", "char_span_lists")
+    known += ("corrupted_char_spans", "followed", "wrong")  # of pairs, see interp.tasks.aligned
     return row | lists | {name: v for name, v in example.items() if name not in known}
 
 
@@ -421,7 +422,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> I
         yield {"text": shown, "input_ids": head + piece + tail, "spans": spans}
 
 
-def _checked(model, prompts: Dataset, max_tokens: int | None = None) -> Dataset:
+def checked(model, prompts: Dataset, max_tokens: int | None = None) -> Dataset:
     """The prompts, if every one of them has tokens that the model can take."""
     if not len(prompts):
         raise PromptError("prompts: the data set has no rows.")
@@ -458,7 +459,7 @@ def _dataset(rows: list[dict], about: dict) -> Dataset:
     return Dataset.from_list(rows, features=features, info=info)
 
 
-def _about(description: str) -> dict:
+def about_of(description: str) -> dict:
     """What `from_examples` noted; sets of several tasks were joined by an empty line."""
     try:
         parts = [json.loads(part) for part in description.split("\n\n")]

@@ -65,7 +65,7 @@ Row = list[tuple[str, bool]]
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word and one a punctuation mark; adds nothing by itself, as SmolLM2's."""
     texts = [filler.text(20_000, seed=0), needle.STATEMENT, needle.QUESTION, *needle.OWNERS]
-    texts += [*needle.CODEWORDS, *ioi.TEMPLATES, *ioi.PLACES, *ioi.GIFTS]
+    texts += [*needle.CODEWORDS, *ioi.BASIC_TEMPLATES, *ioi.PLACES, *ioi.GIFTS]
     texts += [*colored_objects.COLORS, *colored_objects.OBJECTS, *colored_objects.SURFACES]
     texts += [*colored_objects.OPENERS, colored_objects.LIST, colored_objects.QUESTION, "a and"]
     texts += [multiple_choice.FACT, multiple_choice.QUESTION, multiple_choice.END]
@@ -199,11 +199,11 @@ def recall_row(rng: random.Random, pairs: int, statement: str, question: str) ->
 
 def colored_objects_row(rng: random.Random, objects: int, questions: int, question: str) -> Row:
     """One list, and a question for each of `questions` of its objects."""
-    listed, items = colored_objects.scene(rng, objects)
-    while held_out(listed):
-        listed, items = colored_objects.scene(rng, objects)
-    row = [(listed, False)]
-    for color, name in rng.sample(items, questions):
+    scene = colored_objects.scene(rng, objects)
+    while held_out(scene.text):
+        scene = colored_objects.scene(rng, objects)
+    row = [(scene.text, False)]
+    for color, name in rng.sample(scene.items, questions):
         row += [(question.format(object=name), False), (f" {color}", True), (".", False)]
     return row
 
