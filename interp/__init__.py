@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp import report, tasks
-    from interp.analysis.attribution import attribution_patching
+    from interp.analysis.attribution import attribution_patching, compare_estimate
     from interp.analysis.circuits import Circuit, find_circuit
+    from interp.analysis.edge_curve import edge_curve
+    from interp.analysis.edge_scores import EdgeScores
+    from interp.analysis.edge_search import greedy_edges
+    from interp.analysis.edges import edge_attribution, edge_patching
+    from interp.analysis.keeping import circuit_faithfulness
     from interp.analysis.overlap import circuit_overlap
     from interp.analysis.patching import activation_patching
     from interp.analysis.paths import path_patching
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Ablate": "interp.intervention.ablate",
     "Circuit": "interp.analysis.circuits",
+    "EdgeScores": "interp.analysis.edge_scores",
     "Head": "interp.heads",
     "HeadScores": "interp.heads",
     "HookedModel": "interp.model.hooked",
@@ -38,10 +44,16 @@ _HOMES = {
     "attention": "interp.analysis.patterns",
     "attention_sinks": "interp.analysis.sinks",
     "attribution_patching": "interp.analysis.attribution",
+    "circuit_faithfulness": "interp.analysis.keeping",
     "circuit_overlap": "interp.analysis.overlap",
     "compare": "interp.evaluation",
+    "compare_estimate": "interp.analysis.attribution",
+    "edge_attribution": "interp.analysis.edges",
+    "edge_curve": "interp.analysis.edge_curve",
+    "edge_patching": "interp.analysis.edges",
     "evaluate": "interp.evaluation",
     "find_circuit": "interp.analysis.circuits",
+    "greedy_edges": "interp.analysis.edge_search",
     "head_roles": "interp.analysis.roles",
     "load": "interp.model.hooked",
     "load_intervention": "interp.intervention.base",
@@ -52,6 +64,7 @@ _HOMES = {
 __all__ = [  # as literals, since type checkers do not read _HOMES
     "Ablate",
     "Circuit",
+    "EdgeScores",
     "Head",
     "HeadScores",
     "HookedModel",
@@ -62,10 +75,16 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "attention",
     "attention_sinks",
     "attribution_patching",
+    "circuit_faithfulness",
     "circuit_overlap",
     "compare",
+    "compare_estimate",
+    "edge_attribution",
+    "edge_curve",
+    "edge_patching",
     "evaluate",
     "find_circuit",
+    "greedy_edges",
     "head_roles",
     "load",
     "load_intervention",

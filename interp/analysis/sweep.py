@@ -113,7 +113,7 @@ class Sweep:
         """The metric under each cell's patch."""
         real = batch.attention_mask.bool()
         changed = self._changed(recording, batch)
-        columns = [_columns(batch, position, real) for position in self.grid.column("position")]
+        columns = [columns_at(batch, position, real) for position in self.grid.column("position")]
         found = unpatched.repeat(len(columns), 1)
         starts = []
         for chosen in columns:
@@ -201,7 +201,7 @@ def _where(
     return chosen[:, :, :, None, None] & own[:, None, None, :, None]
 
 
-def _columns(
+def columns_at(
     batch: PairBatch, position: Position | None, real: Bool[Tensor, "batch token"]
 ) -> Bool[Tensor, "batch token"]:
     """The columns that a cell patches: its position in each pair, or all real ones."""

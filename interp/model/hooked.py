@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from inspect import signature
 from itertools import chain
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 from warnings import warn
 
@@ -189,6 +190,13 @@ class HookedModel(TransformerBridge):
         )
         return out[:, input_ids.shape[1] :]
 
+    def hooks(self, fwd_hooks=(), bwd_hooks=(), **settings):
+        """TransformerLens' `hooks`: functions attached by name, for as long as the block lasts."""
+        fwd_hooks, bwd_hooks = (
+            [(name, _plain_function(fn)) for name, fn in hooks] for hooks in (fwd_hooks, bwd_hooks)
+        )
+        return super().hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, **settings)
+
     @contextmanager
     def intervene(self, *interventions) -> Iterator["HookedModel"]:
         """Apply interventions, in order, to whatever runs in the block; undone on leaving it.
@@ -363,6 +371,14 @@ class Batch:
     @property
     def first(self) -> Int[Tensor, " batch"]:
         return self.input_ids.shape[1] - self.attention_mask.sum(1)
+
+
+def _plain_function(fn: Callable) -> Callable:
+    """TransformerLens asks each hook for its `repr`, and a bound method's has all it is bound to.
+
+    A model, or the tensors of a dataclass, can take longer to print than to run.
+    """
+    return (lambda value, hook: fn(value, hook=hook)) if not isinstance(fn, FunctionType) else fn
 
 
 def _hook_loaded(model: nn.Module, tokenizer: Any) -> HookedModel:
