@@ -50,7 +50,7 @@ from interp.analysis.paired import (
 )
 from interp.analysis.patching import Patching
 from interp.analysis.shards import in_shards
-from interp.analysis.sweep import Direction, columns_at
+from interp.analysis.sweep import Direction
 from interp.model.gradients import Trace
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import describe
@@ -254,10 +254,10 @@ class Estimate:
         self, estimates: Float[Tensor, "batch layer pos head"], batch: PairBatch
     ) -> Float[Tensor, "batch cell"]:
         """Each cell's own, summed over the axes that the cells do not name."""
-        cells, real = self.grid.cells, batch.attention_mask.bool()
+        cells = self.grid.cells
         positions = self.grid.column("position")
         places = {position: index for index, position in enumerate(dict.fromkeys(positions))}
-        chosen = torch.stack([columns_at(batch, position, real) for position in places])
+        chosen = torch.stack([batch.at(position) for position in places])
         at = torch.einsum("blph,nbp->blnh", estimates, chosen.to(estimates.dtype))
         at = at if "layer" in cells else at.sum(1, keepdim=True)
         at = at if "head" in cells else at.sum(3, keepdim=True)

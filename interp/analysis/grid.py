@@ -8,10 +8,8 @@ from typing import Literal
 import pandas as pd
 from datasets import Dataset
 
-from interp.analysis.paired import PairError
+from interp.analysis.paired import PairError, Position
 from interp.model.hooked import HookedModel
-
-Position = int | str
 
 
 @dataclass(frozen=True)

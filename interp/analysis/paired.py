@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import UserError
@@ -30,6 +30,8 @@ class Answers:
     wrong: Int[Tensor, " batch"]
     clean_logits: Float[Tensor, "batch d_vocab"]
 
+
+Position = int | str
 
 Metric = Callable[[Float[Tensor, "batch d_vocab"], Answers], Float[Tensor, " batch"]]
 
@@ -125,14 +127,39 @@ class PairBatch:
         return self.attention_mask.shape[1]
 
     @property
+    def after_difference(self) -> Bool[Tensor, "batch token"]:
+        """From each pair's first token that differs on; before it, causal runs are the same."""
+        return (self.clean.input_ids != self.corrupted.input_ids).cumsum(1) > 0
+
+    @property
     def first_difference(self) -> int:
         """The first column where any pair's prompts differ; the last one where none does."""
-        apart = (self.clean.input_ids != self.corrupted.input_ids).any(0)
+        apart = self.after_difference.any(0)
         return int(apart.int().argmax()) if bool(apart.any()) else self.n_tokens - 1
 
     def answers(self, clean_logits: Float[Tensor, "batch d_vocab"]) -> Answers:
         """What metrics of this batch compare with."""
         return Answers(self.right, self.wrong, clean_logits)
+
+    def at(self, position: Position | None) -> Bool[Tensor, "batch token"]:
+        """The column of a position in each pair; None: all real tokens.
+
+        A name, "end" (the last token) always among them, or a number: from each prompt's first
+        token on, negative from its end. Raises `PairError` where a pair lacks it.
+        """
+        real = self.attention_mask.bool()
+        if position is None:
+            return real
+        columns = torch.arange(self.n_tokens, device=real.device).expand_as(real)
+        if position == "end" and not all("end" in row for row in self.positions):
+            position = -1
+        if isinstance(position, str):
+            return columns == self.columns(position)[:, None]
+        first, length = self.clean.first, real.sum(1)
+        if not -int(length.min()) <= position < int(length.min()):
+            raise PairError(f"position {position}: a pair has only {int(length.min())} tokens.")
+        place = first + (position if position >= 0 else length + position)
+        return columns == place[:, None]
 
     def columns(self, name: str) -> Int[Tensor, " batch"]:
         """The column of a named position in each pair."""

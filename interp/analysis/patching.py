@@ -29,9 +29,9 @@ import pandas as pd
 from datasets import Dataset
 from jaxtyping import Float
 
-from interp.analysis.grid import SITES, Grid, Position
+from interp.analysis.grid import SITES, Grid
 from interp.analysis.noise import Noise
-from interp.analysis.paired import Metric, PairError, check_pairs, metric_of
+from interp.analysis.paired import Metric, PairError, Position, check_pairs, metric_of
 from interp.analysis.shards import in_shards
 from interp.analysis.sweep import PAIRS_AT_ONCE, Direction, Source, Sweep, mean_values
 from interp.files import write_atomically
@@ -73,7 +73,7 @@ class Patching:
         """
         effect = self._moved_up.mean(0) / self._gap_or_nan
         low, high = self._interval()
-        moved = effect if self.metadata["direction"] == "denoise" else 1 - effect
+        moved = self._moved.mean(0)
         return self.cells.assign(
             value=self.values.mean(0), effect=effect, moved=moved, low=low, high=high,
             n=len(self.values),
@@ -102,9 +102,8 @@ class Patching:
             raise PairError(
                 "heads: the cells are key-value heads, each shared by several heads; see .table."
             )
-        up = self._moved_up / self._gap_or_nan
-        moved = up if self.metadata["direction"] == "denoise" else 1 - up
-        return HeadScores.from_columns(self.cells.assign(tower="text"), moved, self.metadata)
+        cells = self.cells.assign(tower="text")
+        return HeadScores.from_columns(cells, self._moved, self.metadata)
 
     def save(self, folder: str | Path) -> Path:
         """Write `cells.parquet`, `per_prompt.parquet` and, by layer and head, `heads.parquet`."""
@@ -140,6 +139,12 @@ class Patching:
         return self.values - self.corrupted[:, None]
 
     @property
+    def _moved(self) -> Float[np.ndarray, "pair cell"]:
+        noising = self.metadata["direction"] == "noise"
+        change = self.clean[:, None] - self.values if noising else self._moved_up
+        return change / self._gap_or_nan
+
+    @property
     def _gap_or_nan(self) -> float:
         return self.gap or float("nan")
 
@@ -151,7 +156,7 @@ class Patching:
         gaps = draws @ (self.clean - self.corrupted)
         with np.errstate(divide="ignore", invalid="ignore"):
             effects = (draws @ self._moved_up) / gaps[:, None]
-        return np.nanquantile(effects, [0.025, 0.975], axis=0)
+        return np.quantile(effects, [0.025, 0.975], axis=0)
 
 
 def activation_patching(

@@ -13,7 +13,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.analysis.grid import Grid, Position, Site
+from interp.analysis.grid import Grid, Site
 from interp.analysis.noise import Noise, noised, noisy_columns
 from interp.analysis.paired import Answers, Metric, PairBatch, PairError, pair_batch
 from interp.model.hooked import HookedModel
@@ -111,9 +111,8 @@ class Sweep:
         unpatched: Float[Tensor, " batch"],
     ) -> Float[Tensor, "cell batch"]:
         """The metric under each cell's patch."""
-        real = batch.attention_mask.bool()
         changed = self._changed(recording, batch)
-        columns = [columns_at(batch, position, real) for position in self.grid.column("position")]
+        columns = [batch.at(position) for position in self.grid.column("position")]
         found = unpatched.repeat(len(columns), 1)
         starts = []
         for chosen in columns:
@@ -141,10 +140,8 @@ class Sweep:
         if self.source != "pair" or not recording.can_start_late:
             return torch.ones_like(batch.attention_mask, dtype=torch.bool)
         if self.corruption is None:
-            apart = batch.clean.input_ids != batch.corrupted.input_ids
-        else:
-            apart = noisy_columns(batch, self.corruption)
-        return apart.cumsum(1) > 0
+            return batch.after_difference
+        return noisy_columns(batch, self.corruption).cumsum(1) > 0
 
     def _chunks(
         self, cells: list[int], starts: list[int], n_pairs: int, n_tokens: int
@@ -199,18 +196,6 @@ def _where(
     if site.is_pattern:  # [cell batch head query key]
         return chosen[:, :, None, :, None] & own[:, None, :, None, None]
     return chosen[:, :, :, None, None] & own[:, None, None, :, None]
-
-
-def columns_at(
-    batch: PairBatch, position: Position | None, real: Bool[Tensor, "batch token"]
-) -> Bool[Tensor, "batch token"]:
-    """The columns that a cell patches: its position in each pair, or all real ones."""
-    if position is None:
-        return real
-    places = torch.arange(batch.n_tokens, device=real.device).expand_as(real)
-    if isinstance(position, str):
-        return places == batch.columns(position)[:, None]
-    return places == position
 
 
 def mean_values(model: HookedModel, pairs: Dataset, grid: Grid) -> dict[int, Tensor]:

@@ -30,7 +30,11 @@ FORMAT = "interp.intervention"
 VERSION = 1
 
 # Where the class of a saved intervention lives; each module is imported when it is asked for.
-MODULES = {"Ablate": "interp.intervention.ablate"}
+MODULES = {
+    "Ablate": "interp.intervention.ablate",
+    "LowRank": "interp.intervention.low_rank",
+    "SteerAttention": "interp.intervention.steer",
+}
 
 
 class InterventionError(UserError):

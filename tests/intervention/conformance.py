@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from interp.intervention.ablate import Ablate
 from interp.intervention.base import Intervention
+from interp.intervention.low_rank import LowRank
+from interp.intervention.steer import SteerAttention
 from interp.model.hooked import HookedModel
 from tests.tiny import random_ids, words
 
@@ -24,13 +26,21 @@ ONE_BY_ONE: dict[str, Factory] = {
     "resampled from a bank": lambda model, when: Ablate.fit(
         model, TEXTS, HEADS, "resample", when, samples=5, seed=3
     ),
+    "forced attention": lambda model, when: SteerAttention(HEADS, "1:3", "force", "all", when),
+    "no attention to": lambda model, when: SteerAttention(HEADS, "0:2", "suppress", "all", when),
+    "boosted attention": lambda model, when: SteerAttention(HEADS, "2:5", "boost", "all", when, 2),
 }
 INTERVENTIONS: dict[str, Factory] = ONE_BY_ONE | {
     "mean of the batch": lambda model, when: Ablate(HEADS, "mean", when),
     "resampled from the batch": lambda model, when: Ablate(HEADS, "resample", when),
+    "forced at the end": lambda model, when: SteerAttention(HEADS, "1:3", when=when),
+    "low rank from a bank": lambda model, when: LowRank.fit(
+        model, TEXTS, HEADS, rank=1, at=(0, 1, 2, 3), when=when
+    ),
 }
 # With parameters at which nothing happens.
 IDENTITIES: dict[str, Factory] = {
     "no heads": lambda model, when: Ablate((), "zero", when),
+    "no heads, steered": lambda model, when: SteerAttention((), "1:3", when=when),
     "no heads, fitted": lambda model, when: Ablate.fit(model, TEXTS, (), "mean", when),
 }
