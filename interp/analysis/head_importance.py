@@ -6,7 +6,6 @@ works against the answer).
 """
 
 from collections.abc import Callable
-from itertools import product
 
 import numpy as np
 import torch
