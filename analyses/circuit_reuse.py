@@ -26,8 +26,8 @@ from datasets import Dataset
 
 import interp
 from interp import tasks
-from interp.analysis.circuits import Circuit, random_circuits
-from interp.analysis.keeping import circuit_faithfulness
+from interp.analysis.circuits.find import Circuit, random_circuits
+from interp.analysis.circuits.keeping import circuit_faithfulness
 from interp.heads import Head
 from interp.model.hooked import HookedModel
 from interp.tasks.repeats import ordinary_tokens

@@ -8,24 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp import report, tasks
-    from interp.analysis.attribution import attribution_patching, compare_estimate
-    from interp.analysis.circuits import Circuit, find_circuit
-    from interp.analysis.edge_curve import edge_curve
-    from interp.analysis.edge_scores import EdgeScores
-    from interp.analysis.edge_search import greedy_edges
-    from interp.analysis.edges import edge_attribution, edge_patching
-    from interp.analysis.keeping import circuit_faithfulness
-    from interp.analysis.overlap import circuit_overlap
-    from interp.analysis.patching import activation_patching
-    from interp.analysis.paths import path_patching
+    from interp.analysis.choices.letters import letter_heads
+    from interp.analysis.choices.logit_attribution import (
+        direct_effect,
+        logit_attribution,
+        total_effect,
+    )
+    from interp.analysis.circuits.edge_curve import edge_curve
+    from interp.analysis.circuits.edge_scores import EdgeScores
+    from interp.analysis.circuits.edge_search import greedy_edges
+    from interp.analysis.circuits.edges import edge_attribution, edge_patching
+    from interp.analysis.circuits.find import Circuit, find_circuit
+    from interp.analysis.circuits.keeping import circuit_faithfulness
+    from interp.analysis.circuits.overlap import circuit_overlap
+    from interp.analysis.circuits.roles import head_roles
+    from interp.analysis.patching.activation import activation_patching
+    from interp.analysis.patching.attribution import attribution_patching, compare_estimate
+    from interp.analysis.patching.paths import path_patching
     from interp.analysis.patterns import attention
     from interp.analysis.retrieval import retrieval_heads
-    from interp.analysis.roles import head_roles
     from interp.analysis.sinks import attention_sinks
     from interp.evaluation import compare, evaluate
     from interp.heads import Head, HeadScores
     from interp.intervention.ablate import Ablate
     from interp.intervention.base import Intervention, load_intervention
+    from interp.intervention.low_rank import LowRank
     from interp.intervention.steer import SteerAttention
     from interp.model.hooked import HookedModel, load
 
@@ -33,32 +40,37 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Ablate": "interp.intervention.ablate",
-    "Circuit": "interp.analysis.circuits",
-    "EdgeScores": "interp.analysis.edge_scores",
+    "Circuit": "interp.analysis.circuits.find",
+    "EdgeScores": "interp.analysis.circuits.edge_scores",
     "Head": "interp.heads",
     "HeadScores": "interp.heads",
     "HookedModel": "interp.model.hooked",
     "Intervention": "interp.intervention.base",
+    "LowRank": "interp.intervention.low_rank",
     "SteerAttention": "interp.intervention.steer",
-    "activation_patching": "interp.analysis.patching",
+    "activation_patching": "interp.analysis.patching.activation",
     "attention": "interp.analysis.patterns",
     "attention_sinks": "interp.analysis.sinks",
-    "attribution_patching": "interp.analysis.attribution",
-    "circuit_faithfulness": "interp.analysis.keeping",
-    "circuit_overlap": "interp.analysis.overlap",
+    "attribution_patching": "interp.analysis.patching.attribution",
+    "circuit_faithfulness": "interp.analysis.circuits.keeping",
+    "circuit_overlap": "interp.analysis.circuits.overlap",
     "compare": "interp.evaluation",
-    "compare_estimate": "interp.analysis.attribution",
-    "edge_attribution": "interp.analysis.edges",
-    "edge_curve": "interp.analysis.edge_curve",
-    "edge_patching": "interp.analysis.edges",
+    "compare_estimate": "interp.analysis.patching.attribution",
+    "direct_effect": "interp.analysis.choices.logit_attribution",
+    "edge_attribution": "interp.analysis.circuits.edges",
+    "edge_curve": "interp.analysis.circuits.edge_curve",
+    "edge_patching": "interp.analysis.circuits.edges",
     "evaluate": "interp.evaluation",
-    "find_circuit": "interp.analysis.circuits",
-    "greedy_edges": "interp.analysis.edge_search",
-    "head_roles": "interp.analysis.roles",
+    "find_circuit": "interp.analysis.circuits.find",
+    "greedy_edges": "interp.analysis.circuits.edge_search",
+    "head_roles": "interp.analysis.circuits.roles",
+    "letter_heads": "interp.analysis.choices.letters",
     "load": "interp.model.hooked",
     "load_intervention": "interp.intervention.base",
-    "path_patching": "interp.analysis.paths",
+    "logit_attribution": "interp.analysis.choices.logit_attribution",
+    "path_patching": "interp.analysis.patching.paths",
     "retrieval_heads": "interp.analysis.retrieval",
+    "total_effect": "interp.analysis.choices.logit_attribution",
 }
 
 __all__ = [  # as literals, since type checkers do not read _HOMES
@@ -69,6 +81,7 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "HeadScores",
     "HookedModel",
     "Intervention",
+    "LowRank",
     "SteerAttention",
     "__version__",
     "activation_patching",
@@ -79,6 +92,7 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "circuit_overlap",
     "compare",
     "compare_estimate",
+    "direct_effect",
     "edge_attribution",
     "edge_curve",
     "edge_patching",
@@ -86,12 +100,15 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "find_circuit",
     "greedy_edges",
     "head_roles",
+    "letter_heads",
     "load",
     "load_intervention",
+    "logit_attribution",
     "path_patching",
     "report",
     "retrieval_heads",
     "tasks",
+    "total_effect",
 ]
 
 

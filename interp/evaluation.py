@@ -20,7 +20,7 @@ from torch import Tensor
 
 from interp.errors import UserError
 from interp.model.hooked import HookedModel
-from interp.tasks.prompts import as_prompts, describe
+from interp.tasks.prompts import as_prompts, describe, spans_of
 
 METRICS = ("accuracy", "loss", "logit_diff")
 RESAMPLES = 2000
@@ -290,11 +290,8 @@ def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
 
 def _told(model: HookedModel, prompts: Dataset, index: list[int]):
     """Interventions may ask where spans lie, and which tokens are the prompt's."""
-    spans = None
-    if "spans" in prompts.column_names:
-        known = prompts.select(index)["spans"]
-        spans = [{name: s for name, s in row.items() if s is not None} for row in known]
-    return model.spans(spans, [len(ids) for ids in prompts.select(index)["input_ids"]])
+    rows = prompts.select(index)
+    return model.spans(spans_of(rows), [len(ids) for ids in rows["input_ids"]])
 
 
 def _first_choice_tokens(model, prompts) -> list[tuple[int, list[int]]] | None:
@@ -303,13 +300,13 @@ def _first_choice_tokens(model, prompts) -> list[tuple[int, list[int]]] | None:
         return None
     found = []
     for row in prompts:
-        firsts = {c: _continuation(model, row, c) for c in row["choices"]}
+        firsts = {c: token_after(model, row, c) for c in row["choices"]}
         right = row["answer_ids"][0]
         found.append((right, sorted({t for t in firsts.values() if t != right})))
     return found
 
 
-def _continuation(model, row: dict, choice: str) -> int:
+def token_after(model, row: dict, choice: str) -> int:
     """The token that would follow the prompt if `choice` did."""
     prompt = row["input_ids"]
     for special in (True, False):  # a chat's text has its special tokens already

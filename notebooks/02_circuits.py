@@ -58,7 +58,7 @@ heads.plot(title="What each head's output brings back", mark=heads.heads.top(5))
 # Attribution patching takes gradients in place of runs. How good is the estimate?
 
 # %%
-from interp.analysis.attribution import compare_estimate
+from interp.analysis.patching.attribution import compare_estimate
 
 estimate = interp.attribution_patching(model, pairs, site="z", ig_steps=5, progress=False)
 agreement = compare_estimate(estimate, heads)

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import forward, one_layer, retrieval, sinks, timing
+from benchmarks import forward, one_layer, patching, retrieval, sinks, timing
+from benchmarks.peers import __main__ as peers
 from benchmarks.timing import line, ratio
 from tests.tiny import N_WORDS, tokenizer
 
@@ -83,3 +86,53 @@ def test_retrieval_scores_are_those_of_the_published_procedure(mini_llama):
     records = list(retrieval.measure(mini_llama, n=4, length=96, max_new_tokens=6, repeats=2))
     exact = [record for record in records if "published / forced" not in record["case"]]
     assert max(record["largest_difference"] for record in exact) < 1e-6
+
+
+def test_patching_gives_the_same_numbers_on_both_sides(tiny_llama):
+    records = list(patching.measure(tiny_llama, repeats=2))
+    assert len(records) == 4
+    assert {record["peer"] for record in records} <= {"hooked model", "eager bridge"}
+    assert max(record["largest_difference"] for record in records) < 1e-5
+
+
+def test_pairs_to_be_patched_differ_where_they_should_and_patches_move_something(tiny_llama):
+    model = patching.hooked(tiny_llama)
+    for columns in (slice(None), slice(11, 12)):
+        pairs = patching.random_pairs(model, 16, columns)
+        clean, corrupted = (
+            torch.tensor(list(pairs[f"{side}_input_ids"])) for side in ("clean", "corrupted")
+        )
+        apart = torch.zeros(16, dtype=torch.bool)
+        apart[columns] = True
+        assert ((clean != corrupted) == apart).all()
+        for sweep in patching.SWEEPS.values():
+            assert patching.by_replay(model, pairs, sweep).std() > 1e-5
+
+
+def test_the_check_of_patching_sees_a_difference(tiny_llama, monkeypatch):
+    by_replay = patching.by_replay
+    monkeypatch.setattr(patching, "by_replay", lambda *args: by_replay(*args) + 0.01)
+    with pytest.raises(AssertionError):
+        list(patching.measure(tiny_llama, repeats=2))
+
+
+@pytest.mark.skipif(not sinks.STATUS.exists(), reason="needs /proc")
+@pytest.mark.parametrize("side", ["ours", "peer"])
+def test_memory_of_patching_is_measured_in_a_process_of_its_own(tiny_llama, side):
+    assert patching.peak(tiny_llama, side, 16) >= 0
+
+
+def test_sides_with_other_answers_than_ours_are_not_compared(tiny_llama, tmp_path):
+    peers.prepare(tmp_path, tiny_llama)
+    for side in peers.SIDES:
+        peers.measure(tmp_path, side)
+    table = peers.compare(tmp_path)
+    assert table["library"].tolist() == ["interp", "transformer-lens"]
+    assert table["ratio"][0] == 1
+    assert table["apart"].max() < 1e-5
+    results = tmp_path / "results.jsonl"
+    other = json.loads(results.read_text().splitlines()[0]) | {"library": "other"}
+    other["values"][1][2] += 0.01
+    results.write_text(results.read_text() + json.dumps(other) + "\n")
+    with pytest.raises(AssertionError, match="other"):
+        peers.compare(tmp_path)

@@ -65,7 +65,7 @@ def patch(
     axes = by.replace(",", " ").split()
     options: dict[str, Any] = {"direction": direction}
     if estimate:
-        from interp.analysis.attribution import attribution_patching
+        from interp.analysis.patching.attribution import attribution_patching
         from interp.runs import Run
         from interp.tasks.prompts import describe
 
@@ -76,7 +76,7 @@ def patch(
         found.save(out)
         run.finish(pairs=len(pairs))
     else:
-        from interp.analysis.patching import activation_patching
+        from interp.analysis.patching.activation import activation_patching
 
         found = activation_patching(
             hooked, pairs, site, axes, metric, batch_size=batch_size, out=out,
@@ -115,7 +115,7 @@ def circuit(
     wanted = Wanted(task, data, None, n, seed, allowed=PAIRS, form=form)
     hooked = load(model, dtype, device, revision)
     pairs = pairs_of(hooked, wanted)
-    from interp.analysis.circuits import find_circuit
+    from interp.analysis.circuits.find import find_circuit
     from interp.runs import Run
     from interp.tasks.prompts import describe
 
@@ -141,8 +141,8 @@ def overlap(
 
     Example: interp overlap runs/ioi runs/colored --beside runs/letters
     """
-    from interp.analysis.circuits import Circuit
-    from interp.analysis.overlap import circuit_overlap
+    from interp.analysis.circuits.find import Circuit
+    from interp.analysis.circuits.overlap import circuit_overlap
     from interp.provenance import plain
 
     third = {folder.name: Circuit.load(folder) for folder in beside or []}

@@ -491,6 +491,6 @@ def _named_errors(name) -> Iterator[None]:
         yield
     except zoo.UserError:
         raise
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise zoo.ModelError(f"model={str(name)!r}: {lines[0]}") from error

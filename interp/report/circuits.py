@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from interp import figures, tasks
-from interp.analysis.circuits import Circuit, CircuitError, find_circuit
-from interp.analysis.overlap import CircuitOverlap, circuit_overlap
+from interp.analysis.circuits.find import Circuit, CircuitError, find_circuit
+from interp.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
 from interp.analysis.paired import PairError
 from interp.evaluation import Evaluation, evaluate
 from interp.files import write_json
@@ -72,10 +72,14 @@ def _find(model: HookedModel, task: str, plan: Plan, progress: bool) -> Found:
 def circuits_section(found: Mapping[str, Found]) -> Section:
     """What was found, how good it is beside random heads, and whether the tasks share heads."""
     circuits = {task: one.circuit for task, one in found.items() if one.circuit is not None}
-    parts: list[str | Figure | Table] = [set_up(), summary_table(found)]
+    parts: list[str | Figure | Table] = [set_up()]
     parts += [absent(task, one) for task, one in found.items() if one.circuit is None]
     if circuits:
-        parts += [maps(circuits), *(curve(task, circuit) for task, circuit in circuits.items())]
+        parts += [
+            summary_table(found),
+            maps(circuits),
+            *(curve(task, circuit) for task, circuit in circuits.items()),
+        ]
         parts += [members_table(task, circuit) for task, circuit in circuits.items()]
     if len(circuits) == 2:
         parts.append(overlap_sentence(circuit_overlap(*circuits.values())))

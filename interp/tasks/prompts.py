@@ -100,6 +100,13 @@ def describe(prompts: Dataset) -> dict:
     return {**about, "n": len(prompts), "sha256": digest.hexdigest()}
 
 
+def spans_of(prompts: Dataset) -> list[dict] | None:
+    """Each prompt's spans, name -> [start, end), for `model.spans`; None where there are none."""
+    if "spans" not in prompts.column_names:
+        return None
+    return [{name: s for name, s in row.items() if s is not None} for row in prompts["spans"]]
+
+
 def tokenizer_of(model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or `model` itself where it is one."""
     tokenizer = (

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformer_lens.tools.analysis import attribution_patching as tl
 
-from interp.analysis.attribution import attribution_patching, compare_estimate
 from interp.analysis.paired import PairError, metric_of, pair_batch
-from interp.analysis.patching import Patching, activation_patching
+from interp.analysis.patching.activation import Patching, activation_patching
+from interp.analysis.patching.attribution import attribution_patching, compare_estimate
 from interp.errors import UserError
 from interp.model.gradients import ENTRY, GradientError, trace
 from tests.analysis.random_pairs import random_pairs

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import interp
-from interp.analysis.circuits import Circuit, CircuitError, random_circuits
-from interp.analysis.head_importance import METHODS, by_greedy, by_strength
-from interp.analysis.keeping import circuit_faithfulness, kept_values, mask_of, share
-from interp.analysis.overlap import weighted_overlap
+from interp.analysis.circuits.find import Circuit, CircuitError, random_circuits
+from interp.analysis.circuits.importance import METHODS, by_greedy, by_strength
+from interp.analysis.circuits.keeping import circuit_faithfulness, kept_values, mask_of, share
+from interp.analysis.circuits.overlap import weighted_overlap
 from interp.analysis.paired import PairError
 from interp.heads import Head, HeadError, HeadScores, overlap_null
 from tests.analysis.test_patching import pairs_of

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformer_lens.tools.analysis import attribution_patching as tl
 
-from interp.analysis.attribution import attribution_patching
-from interp.analysis.edge_curve import EdgeCurve, edge_curve
-from interp.analysis.edge_scores import EdgeScores
-from interp.analysis.edge_search import greedy_edges
-from interp.analysis.edges import edge_attribution, edge_patching
+from interp.analysis.circuits.edge_curve import EdgeCurve, edge_curve
+from interp.analysis.circuits.edge_scores import EdgeScores
+from interp.analysis.circuits.edge_search import greedy_edges
+from interp.analysis.circuits.edges import edge_attribution, edge_patching
 from interp.analysis.paired import metric_of, pair_batch
+from interp.analysis.patching.attribution import attribution_patching
 from interp.errors import UserError
 from interp.heads import Head
 from interp.model.gradients import GradientError

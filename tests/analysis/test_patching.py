@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformer_lens import patching as tl
 
 import interp
-from interp.analysis.noise import Noise, noisy_columns
 from interp.analysis.paired import METRICS, Answers, PairError, pair_batch
-from interp.analysis.patching import activation_patching
+from interp.analysis.patching.activation import activation_patching
+from interp.analysis.patching.noise import Noise, noisy_columns
 from interp.model.hooked import HookError
 from interp.model.replay import ReplayError
 from tests.tiny import fresh, random_ids, tiny, unchecked, words
@@ -290,9 +290,9 @@ def test_any_function_of_the_logits_is_a_metric():
 
 
 def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
-    from interp.analysis import patching
+    from interp.analysis.patching import activation
 
-    monkeypatch.setattr(patching, "PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(activation, "PAIRS_AT_ONCE", 2)
     model, pairs = tiny("gpt2"), pairs_of(8, 7, 8, 6, 8)
     whole = sweep(model, pairs)
     calls = []

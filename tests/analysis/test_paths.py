@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformer_lens.patching import get_act_patch_direct_path
 
 from interp.analysis.paired import PairError, pair_batch
-from interp.analysis.paths import path_patching
+from interp.analysis.patching.paths import path_patching
 from interp.heads import Head, HeadError
 from tests.tiny import fresh, random_ids, tiny, unchecked, words
 

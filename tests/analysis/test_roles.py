@@ -15,11 +15,11 @@ from torch.testing import assert_close
 
 import interp
 from interp.analysis.causality import ablation_control
-from interp.analysis.copying import copying
+from interp.analysis.circuits.copying import copying
+from interp.analysis.circuits.role_rules import RoleError, Thresholds, strengths_of
+from interp.analysis.circuits.roles import Roles, head_roles, repeat_keys
 from interp.analysis.paired import PairError
-from interp.analysis.paths import path_patching
-from interp.analysis.role_rules import RoleError, Thresholds, strengths_of
-from interp.analysis.roles import Roles, head_roles, repeat_keys
+from interp.analysis.patching.paths import path_patching
 from interp.heads import Head, HeadScores
 from interp.model.hooked import load
 from tests.tiny import fresh, random_ids, tiny, unchecked, words

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 
 import interp
-from interp.analysis.roles import head_roles
+from interp.analysis.circuits.roles import head_roles
 from interp.heads import Head
 from interp.intervention.base import InterventionError
 from interp.intervention.steer import SteerAttention

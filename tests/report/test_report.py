@@ -54,10 +54,10 @@ def test_every_figure_and_table_has_its_parquet(page):
 
 def test_every_section_is_in_the_contents_and_the_summary(page):
     markup = markup_of(page)
-    for name in ("sinks", "needles", "retrieval", "ablation", "provenance"):
+    for name in ("sinks", "needles", "retrieval", "ablation", "circuits", "provenance"):
         assert f'href="#{name}"' in markup and f'<section id="{name}">' in markup
     headlines = json.loads((page.parent / "run.json").read_text())["counts"]["headlines"]
-    assert list(headlines) == ["sinks", "needles", "retrieval", "ablation"]
+    assert list(headlines) == ["sinks", "needles", "retrieval", "ablation", "circuits"]
 
 
 def test_the_record_says_how_to_get_it_again(page, model):

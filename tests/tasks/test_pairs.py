@@ -225,7 +225,7 @@ def test_ids_that_are_not_the_tokens_of_their_text_have_no_choices():
     [
         ({"clean": []}, "clean: the list is empty"),
         ({"clean": None}, "clean: NoneType is neither texts nor token ids"),
-        ({"clean": torch.rand(2, 3)}, "clean, pair 0: .* nor a list of whole token ids"),
+        ({"clean": torch.full((2, 3), 0.5)}, "clean, pair 0: .* nor a list of whole token ids"),
         ({"clean": ["w5", 3.5]}, "clean, pair 1: '3.5' is neither text"),
         ({"clean": ["w5 w6 w7", " "]}, "clean, pair 1: nothing in it"),
         ({"clean": [[5], []]}, "clean, pair 1: nothing in it"),

@@ -1,6 +1,6 @@
 """The rules of head roles: how strong each role is, from a head's measures.
 
-With the measures of `interp.analysis.roles` and thresholds t_a (attention), t_c (copying), t_e
+With the measures of `roles` and thresholds t_a (attention), t_c (copying), t_e
 (effect), the strength of a role is the smallest of
 
     previous token    previous / t_a

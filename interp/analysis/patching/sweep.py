@@ -13,9 +13,9 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.analysis.grid import Grid, Site
-from interp.analysis.noise import Noise, noised, noisy_columns
 from interp.analysis.paired import Answers, Metric, PairBatch, PairError, pair_batch
+from interp.analysis.patching.grid import Grid, Site
+from interp.analysis.patching.noise import Noise, noised, noisy_columns
 from interp.model.hooked import HookedModel
 from interp.model.replay import Recording, record, tokens_at_once
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.analysis.circuits import Circuit, CircuitError
+from interp.analysis.circuits.find import Circuit, CircuitError
 from interp.heads import Head, HeadScores, overlap_null
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.analysis.edges import EdgeSource, RewiredPairs, about, rewired_pairs
+from interp.analysis.circuits.edges import EdgeSource, RewiredPairs, about, rewired_pairs
 from interp.analysis.paired import Metric, PairError, metric_of
 from interp.heads import Head
 from interp.model.graph import Edge, Graph

@@ -29,11 +29,11 @@ import pandas as pd
 from datasets import Dataset
 from jaxtyping import Float
 
-from interp.analysis.grid import SITES, Grid
-from interp.analysis.noise import Noise
 from interp.analysis.paired import Metric, PairError, Position, check_pairs, metric_of
+from interp.analysis.patching.grid import SITES, Grid
+from interp.analysis.patching.noise import Noise
+from interp.analysis.patching.sweep import PAIRS_AT_ONCE, Direction, Source, Sweep, mean_values
 from interp.analysis.shards import in_shards
-from interp.analysis.sweep import PAIRS_AT_ONCE, Direction, Source, Sweep, mean_values
 from interp.files import write_atomically
 from interp.heads import HeadScores
 from interp.model.hooked import HookedModel
@@ -126,7 +126,7 @@ class Patching:
         table = self.table.sort_values("moved", ascending=False).head(3)
         best = "; ".join(
             f"{' '.join(f'{k} {row[k]}' for k in self.by)}: {row['moved']:.2f}"
-            for _, row in table.iterrows()
+            for row in table.to_dict("records")
         )
         return (
             f"Patching({about['site']}, {about['direction']}, {about['metric']}: clean "

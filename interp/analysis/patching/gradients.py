@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.analysis.paired import Metric, PairBatch, PairError
-from interp.analysis.sweep import Direction
+from interp.analysis.patching.sweep import Direction
 from interp.model.gradients import ENTRY, Trace, along_path, trace
 from interp.model.hooked import Batch, HookedModel
 

@@ -26,8 +26,8 @@ from datasets import Dataset
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from interp.analysis.edge_scores import EdgeScores, as_edges
-from interp.analysis.edges import EdgeSource, about, rewired_pairs
+from interp.analysis.circuits.edge_scores import EdgeScores, as_edges
+from interp.analysis.circuits.edges import EdgeSource, about, rewired_pairs
 from interp.analysis.paired import Metric, PairError, metric_of
 from interp.model.graph import Edge, Graph
 from interp.model.hooked import HookedModel

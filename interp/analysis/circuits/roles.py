@@ -11,11 +11,11 @@ answer is read from:
 
     on_answer, on_repeat, on_question   its weight on these places
     copying     -1 to 1: do the head's values at the first two, weighed by how much it looks there,
-                raise the logit of what stands there, or lower it? (`interp.analysis.copying`)
+                raise the logit of what stands there, or lower it? (see `copying`)
     direct      `moved` of the direct path to the logits (`path_patching`, MLPs frozen)
     to_movers   `moved` of the paths to the queries of the movers (not there if there are none)
 
-A head has the roles whose rules in `interp.analysis.role_rules` it meets; `role` is the strongest,
+A head has the roles whose rules in `role_rules` it meets; `role` is the strongest,
 or "none". The table has all measures, so that other rules can be put in place of ours.
 
 Sources: Wang et al. 2022 (arXiv 2211.00593) and Merullo et al. 2024 (arXiv 2310.08744) for the
@@ -37,10 +37,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.analysis.copying import copying
-from interp.analysis.paired import PairError, check_pairs, in_pair_batches
-from interp.analysis.paths import path_patching
-from interp.analysis.role_rules import (
+from interp.analysis.circuits.copying import copying
+from interp.analysis.circuits.role_rules import (
     ON_PAIRS,
     ON_REPEATS,
     ROLES,
@@ -48,6 +46,8 @@ from interp.analysis.role_rules import (
     Thresholds,
     strengths_of,
 )
+from interp.analysis.paired import PairError, check_pairs, in_pair_batches
+from interp.analysis.patching.paths import path_patching
 from interp.heads import Head, HeadScores
 from interp.model.attention import Attention
 from interp.model.hooked import Batch, HookedModel

@@ -1,6 +1,6 @@
 """Running path patching: all senders on some pairs, many in one pass, by replay.
 
-What the passes are, and why so little of them has to be run, is in `interp.analysis.paths`.
+What the passes are, and why so little of them has to be run, is in `paths`.
 """
 
 from collections import defaultdict
@@ -16,8 +16,8 @@ from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.analysis.grid import Position
 from interp.analysis.paired import Answers, Metric, PairBatch, pair_batch
+from interp.analysis.patching.grid import Position
 from interp.heads import Head
 from interp.model.hooked import HookedModel
 from interp.model.replay import Recording, record, tokens_at_once

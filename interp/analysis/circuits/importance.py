@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from interp.analysis.keeping import Kept
+from interp.analysis.circuits.keeping import Kept
 from interp.analysis.paired import in_pair_batches, metric_of
-from interp.analysis.patching import activation_patching
+from interp.analysis.patching.activation import activation_patching
 from interp.heads import Head, HeadScores
 from interp.model.hooked import HookedModel
 
@@ -31,7 +31,7 @@ def by_patching(model, pairs: Dataset, metric, progress: bool) -> HeadScores:
 
 def by_attribution(model, pairs: Dataset, metric, progress: bool) -> HeadScores:
     """The same to first order, with gradients averaged along the way (5 steps)."""
-    from interp.analysis.attribution import attribution_patching
+    from interp.analysis.patching.attribution import attribution_patching
 
     found = attribution_patching(
         model, pairs, "z", ("layer", "head"), metric, direction="noise", ig_steps=5,
@@ -46,7 +46,7 @@ def by_paths(model, pairs: Dataset, metric, progress: bool, fraction: float = 0.
 
     In each stage the top `fraction` of heads become the receivers of the next (Merullo et al.).
     """
-    from interp.analysis.paths import path_patching
+    from interp.analysis.patching.paths import path_patching
 
     options = {"metric": metric, "progress": progress}
     stages = [path_patching(model, pairs, "logits", sender_position="end", **options).heads]

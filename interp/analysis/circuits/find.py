@@ -4,14 +4,14 @@
    corrupted prompt it moves (`method`).
 2. Heads are kept from the largest |score| down (a head that works against the answer belongs to the
    circuit too), and the faithfulness of each size is measured on the same half; the circuit is the
-   smallest one that reaches `target`. See `interp.analysis.keeping` for what keeping means.
+   smallest one that reaches `target`. What keeping means: `keeping`.
 3. What is reported is measured on the *other* half: faithfulness, the complement (completeness), as
    many heads drawn at random from the same layers, and what leaving out each member costs.
 
 Sources: Wang et al. 2022 (arXiv 2211.00593) for faithfulness, completeness and minimality; Conmy et
 al. 2023, ACDC (arXiv 2304.14997) for the greedy search, here over heads; Syed et al. 2023 (arXiv
 2310.10348) and Hanna et al. 2024 (arXiv 2403.17806) for scores by gradients; Merullo et al. 2024
-(arXiv 2310.08744) for the walk back along paths. Circuits of edges: `interp.analysis.edges`.
+(arXiv 2310.08744) for the walk back along paths. Circuits of edges: `edges`.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ import torch
 from datasets import Dataset
 from scipy.integrate import trapezoid
 
-from interp.analysis.head_importance import METHODS, Scorer, by_strength
-from interp.analysis.keeping import circuit_faithfulness, kept_values, mask_of, share
+from interp.analysis.circuits.importance import METHODS, Scorer, by_strength
+from interp.analysis.circuits.keeping import circuit_faithfulness, kept_values, mask_of, share
 from interp.analysis.paired import Metric, PairError, check_pairs, metric_of
 from interp.errors import UserError
 from interp.files import read_json, write_json
@@ -175,7 +175,7 @@ def find_circuit(
     order = by_strength(scores)
     run = Measure(model, metric, batch_size, progress)
     if size is None:
-        size = _smallest(run.curve(searched, order, _sizes(len(order))), target)
+        size = _smallest_size(run, searched, order, target)
     elif not 0 < size <= len(order):
         raise CircuitError(f"size={size}: from 1 to {len(order)}, the number of heads scored.")
     members = tuple(order[:size])
@@ -263,6 +263,15 @@ def _sizes(n_heads: int, n: int = 16) -> list[int]:
     """From none to all, evenly spaced on a log scale."""
     spaced = np.unique(np.geomspace(1, n_heads, n).round().astype(int))
     return [0, *spaced.tolist()]
+
+
+def _smallest_size(run: Measure, pairs: Dataset, order: list[Head], target: float) -> int:
+    """The smallest circuit that reaches `target`: among sizes far apart, then between two of them."""
+    sizes = _sizes(len(order))
+    size = _smallest(run.curve(pairs, order, sizes), target)
+    before = sizes[sizes.index(size) - 1]
+    between = np.unique(np.linspace(before + 1, size, 16).round().astype(int)).tolist()
+    return _smallest(run.curve(pairs, order, between), target)
 
 
 def _smallest(curve: pd.DataFrame, target: float) -> int:

@@ -37,12 +37,12 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from interp.analysis.grid import Position
 from interp.analysis.paired import Metric, PairError, check_pairs, metric_of
-from interp.analysis.patching import Patching
-from interp.analysis.path_sweep import Component, Paths, Reading
+from interp.analysis.patching.activation import Patching
+from interp.analysis.patching.grid import Position
+from interp.analysis.patching.path_sweep import Component, Paths, Reading
+from interp.analysis.patching.sweep import PAIRS_AT_ONCE
 from interp.analysis.shards import in_shards
-from interp.analysis.sweep import PAIRS_AT_ONCE
 from interp.heads import Head, HeadsLike, heads_of
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import describe

@@ -30,8 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.analysis.edge_scores import EdgeScores, as_edges
-from interp.analysis.pair_gradients import check_gradient, pair_gradients, where_taken
+from interp.analysis.circuits.edge_scores import EdgeScores, as_edges
 from interp.analysis.paired import (
     Answers,
     Metric,
@@ -41,7 +40,8 @@ from interp.analysis.paired import (
     in_pair_batches,
     metric_of,
 )
-from interp.analysis.sweep import Direction
+from interp.analysis.patching.gradients import check_gradient, pair_gradients, where_taken
+from interp.analysis.patching.sweep import Direction
 from interp.model.gradients import input_gradients, reader_hooks
 from interp.model.graph import Edge, Graph
 from interp.model.hooked import HookedModel

@@ -33,13 +33,6 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.analysis.grid import SITES, Grid, Position
-from interp.analysis.pair_gradients import (
-    PairGradients,
-    check_gradient,
-    pair_gradients,
-    where_taken,
-)
 from interp.analysis.paired import (
     Metric,
     PairBatch,
@@ -48,9 +41,16 @@ from interp.analysis.paired import (
     metric_of,
     pair_batch,
 )
-from interp.analysis.patching import Patching
+from interp.analysis.patching.activation import Patching
+from interp.analysis.patching.gradients import (
+    PairGradients,
+    check_gradient,
+    pair_gradients,
+    where_taken,
+)
+from interp.analysis.patching.grid import SITES, Grid, Position
+from interp.analysis.patching.sweep import Direction
 from interp.analysis.shards import in_shards
-from interp.analysis.sweep import Direction
 from interp.model.gradients import Trace
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import describe

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.analysis.path_sweep import AllRead
+from interp.analysis.patching.path_sweep import AllRead
 from interp.model.hooked import HookedModel
 from interp.model.replay import Recording, record
 

@@ -1,0 +1,1 @@
+"""The sweep over heads as other libraries' users write it, each in an environment of its own."""
