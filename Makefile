@@ -28,7 +28,7 @@ test-slow: .venv/.stamp  ## the slow tests
 	$(PYTEST) -m slow
 
 bench: .venv/.stamp  ## ratios against what one would otherwise call
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m benchmarks
 
 lint: .venv/.stamp  ## ruff and types
 	$(BIN)/ruff check .

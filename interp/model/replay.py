@@ -12,7 +12,7 @@ Hooks that are attached while replaying act as always, on the rows and tokens of
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from interp.errors import UserError
@@ -37,6 +38,8 @@ COARSE = 0.1  # half precision
 # Numbers that a token takes in a pass, in units of what its residual stream takes.
 COPIES_PER_TOKEN = 24
 SHARE_OF_FREE_MEMORY = 0.25
+# What a pass costs beyond its tokens (weights are read, and Python runs), in tokens.
+PASS_COST = {"cpu": 96, "cuda": 4096}
 # More tokens than this in one pass bring no speed, only memory.
 MOST_TOKENS = {"cpu": 4096, "cuda": 1 << 16}
 
@@ -72,12 +75,18 @@ class Recording:
         return len(self.resid_pre)
 
     def replay(
-        self, layer: int, rows: Int[Tensor, " row"] | None = None, start: int = 0
+        self,
+        layer: int,
+        rows: Int[Tensor, " row"] | None = None,
+        start: int = 0,
+        *,
+        lean: bool = False,
     ) -> Float[Tensor, "row read d_vocab"]:
         """Run blocks `layer` and later on prompts `rows` (any, repeated as wished) from `start` on.
 
         Returns the logits at `read` (as they were recorded where `read` comes before `start`).
-        Hooks see the tokens from `start` on.
+        Hooks see the tokens from `start` on. `lean`: the last block's MLP runs at `read` only,
+        unless a hook is in it; what hooks after it would see elsewhere is not what it would be.
 
         Raises:
             ReplayError: A layer or start that is not there.
@@ -101,7 +110,11 @@ class Recording:
             options[str(_cache_name(self.model))] = self._cache(layer, rows, start)
         hidden = self.resid_pre[layer][rows, start:]
         told = None if self.prompts is None else self.prompts.of(rows.tolist())
-        with _passing_over(self.model, layer, hidden), _as_prompt(self.model, n_tokens, told):
+        with ExitStack() as around:
+            around.enter_context(_passing_over(self.model, layer, hidden))
+            around.enter_context(_as_prompt(self.model, n_tokens, told))
+            if lean:
+                around.enter_context(_last_mlp_at(self.model, self.read[late] - start))
             logits = _logits_at(
                 self.model,
                 self.input_ids[rows, start:],
@@ -170,6 +183,36 @@ def record(
     recording = Recording(model, input_ids, mask, columns, resid_pre, keys_values, logits, told)
     _try_out(recording)
     return recording
+
+
+def passes(
+    starts: Sequence[int], n_tokens: int, most: int, pass_cost: float
+) -> list[tuple[int, int]]:
+    """How to cut cells, in the order of their `starts`, into passes: [first, last) of each.
+
+    Cells of one pass all run from its first start on, to `n_tokens`. The cut is the one that costs
+    least, where a pass costs its tokens and `pass_cost` (both for one row a cell); `most` cells fit
+    in a pass.
+    """
+    best, cut = [0.0], [0]
+    for stop in range(1, len(starts) + 1):
+        costs = [
+            (best[first] + (stop - first) * (n_tokens - starts[first]) + pass_cost, first)
+            for first in range(max(0, stop - most), stop)
+        ]
+        cost, first = min(costs)
+        best.append(cost)
+        cut.append(first)
+    found, stop = [], len(starts)
+    while stop:
+        found.append((cut[stop], stop))
+        stop = cut[stop]
+    return found[::-1]
+
+
+def pass_cost(model: HookedModel) -> int:
+    """What a pass costs beyond its tokens, in tokens."""
+    return PASS_COST.get(torch.device(model.cfg.device or "cpu").type, PASS_COST["cuda"])
 
 
 def tokens_at_once(model: HookedModel) -> int:
@@ -247,6 +290,31 @@ def _passing_over(model: HookedModel, layer: int, hidden: Tensor) -> Iterator[No
         entry.fwd_hooks.remove(handle)
         for block in model.blocks[:layer]:
             del block.__dict__["forward"]
+
+
+@contextmanager
+def _last_mlp_at(model: HookedModel, columns: Int[Tensor, " read"]) -> Iterator[None]:
+    """The last block's MLP runs at `columns` and gives nothing elsewhere."""
+    mlp = model.blocks[-1]._modules.get("mlp")
+    points = [] if mlp is None else [m for m in mlp.modules() if isinstance(m, HookPoint)]
+    if mlp is None or any(point.has_hooks() for point in points):
+        yield
+        return
+    whole = mlp.forward
+
+    def forward(hidden_states: Tensor, *args, **kwargs) -> Any:
+        if any(map(torch.is_tensor, (*args, *kwargs.values()))):  # a residual to add, as in BLOOM
+            return whole(hidden_states, *args, **kwargs)
+        found = whole(hidden_states[:, columns], *args, **kwargs)
+        if not torch.is_tensor(found):  # a router's numbers beside it
+            return whole(hidden_states, *args, **kwargs)
+        return torch.zeros_like(hidden_states).index_copy(1, columns, found)
+
+    mlp.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del mlp.__dict__["forward"]
 
 
 def _hand_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:

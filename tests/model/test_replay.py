@@ -181,3 +181,48 @@ def test_what_cannot_be_replayed_is_refused():
     )
     with pytest.raises(ReplayError, match="a replay without any change differs"):
         record(model, ids)
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *EAGER_ONLY])
+def test_a_lean_replay_gives_the_same_logits(family):
+    model, _, recording = recorded(family)
+    for layer, start in ((0, 0), (1, 6)):
+        found = recording.replay(layer, start=start, lean=True)
+        assert_close(found, recording.logits, **CLOSE)
+    assert "forward" not in model.blocks[-1].mlp.__dict__
+
+
+def test_a_lean_replay_runs_the_last_mlp_where_it_is_read():
+    model, _, recording = recorded("llama")
+    rows = []
+    handle = model.blocks[1].mlp.register_forward_hook(
+        lambda module, args, output: rows.append((output != 0).any(-1).sum(1).tolist())
+    )
+    recording.replay(0, lean=True)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda value, hook: None)]):
+        recording.replay(0, lean=True)  # somebody looks
+    handle.remove()
+    assert rows == [[2, 2, 2], [9, 12, 12]]  # nothing stands in the first one's padding
+
+
+@given(
+    starts=st.lists(st.integers(0, 11), min_size=1, max_size=9),
+    most=st.integers(1, 4), cost=st.floats(0, 40),
+)  # fmt: skip
+def test_passes_are_cut_where_they_cost_least(starts, most, cost):
+    """Against every way of cutting."""
+    starts = sorted(starts)
+
+    def price(cuts):
+        return sum((b - a) * (12 - starts[a]) + cost for a, b in cuts)
+
+    def every(first):
+        if first == len(starts):
+            yield []
+        for stop in range(first + 1, min(len(starts), first + most) + 1):
+            for rest in every(stop):
+                yield [(first, stop), *rest]
+
+    found = replay.passes(starts, 12, most, cost)
+    assert [a for a, _ in found[1:]] == [b for _, b in found[:-1]]
+    assert price(found) == pytest.approx(min(map(price, every(0))))

@@ -266,7 +266,7 @@ def _sizes(n_heads: int, n: int = 16) -> list[int]:
 
 
 def _smallest_size(run: Measure, pairs: Dataset, order: list[Head], target: float) -> int:
-    """The smallest circuit that reaches `target`: among sizes far apart, then between two of them."""
+    """The smallest circuit that reaches `target`: among sizes far apart, then between two."""
     sizes = _sizes(len(order))
     size = _smallest(run.curve(pairs, order, sizes), target)
     before = sizes[sizes.index(size) - 1]

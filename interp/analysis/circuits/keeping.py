@@ -181,7 +181,7 @@ class Kept:
             ]
             rows = torch.arange(n_pairs).repeat(len(some))
             with self.model.hooks(fwd_hooks=hooks):
-                logits = self.clean.replay(layers[0], rows, self.start)[:, -1].float()
+                logits = self.clean.replay(layers[0], rows, self.start, lean=True)[:, -1].float()
             found += [self.metric(part, self.answers) for part in logits.split(n_pairs)]
         return torch.stack(found)
 

@@ -17,7 +17,7 @@ from interp.analysis.paired import Answers, Metric, PairBatch, PairError, pair_b
 from interp.analysis.patching.grid import Grid, Site
 from interp.analysis.patching.noise import Noise, noised, noisy_columns
 from interp.model.hooked import HookedModel
-from interp.model.replay import Recording, record, tokens_at_once
+from interp.model.replay import Recording, pass_cost, passes, record, tokens_at_once
 
 Direction = Literal["denoise", "noise"]
 Source = Literal["pair", "zero", "mean", "resample"]
@@ -130,7 +130,7 @@ class Sweep:
                 hooks = self._hooks(layers, values, chosen, chunk, start)
                 rows = torch.arange(len(batch)).repeat(len(chunk))
                 with self.model.hooks(fwd_hooks=hooks):
-                    logits = recording.replay(min(layers), rows, start)[:, -1].float()
+                    logits = recording.replay(min(layers), rows, start, lean=True)[:, -1].float()
                 for cell, part in zip(chunk, logits.split(len(batch)), strict=True):
                     found[cell] = self.metric(part, answers)
         return found
@@ -147,16 +147,11 @@ class Sweep:
         self, cells: list[int], starts: list[int], n_pairs: int, n_tokens: int
     ) -> Iterator[list[int]]:
         """Cells for one pass each, in the order of their starts."""
-        while cells:
-            n_suffix = n_tokens - starts[cells[0]]
-            room = self.batch_size or max(1, tokens_at_once(self.model) // n_suffix)
-            size = max(1, room // n_pairs)
-            if "position" in self.grid.cells and self.batch_size is None:
-                # a later start saves more than a fuller pass
-                near = sum(starts[c] - starts[cells[0]] <= n_suffix // 8 for c in cells)
-                size = min(size, near)
-            yield cells[:size]
-            cells = cells[size:]
+        n_suffix = n_tokens - starts[cells[0]]
+        room = self.batch_size or tokens_at_once(self.model) // n_suffix
+        most, cost = max(1, room // n_pairs), pass_cost(self.model) / n_pairs
+        for first, last in passes([starts[cell] for cell in cells], n_tokens, most, cost):
+            yield cells[first:last]
 
     def _hooks(
         self,
