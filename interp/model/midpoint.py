@@ -66,6 +66,6 @@ def _carry(block: nn.Module, args: tuple, output: Any) -> Any:
     change, point.change = point.change, None
     if change is None or not point.before_mlp:
         return output
-    if isinstance(output, tuple):
-        return (output[0] + change, *output[1:])
-    return output + change
+    stream, *rest = output if isinstance(output, tuple) else (output,)
+    stream = stream + change.view_as(stream)  # OPT's MLP takes batch and positions as one
+    return (stream, *rest) if isinstance(output, tuple) else stream

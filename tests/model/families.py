@@ -128,11 +128,24 @@ def bloom():
 
 DECODERS = {
     f.__name__: f
-    for f in (gpt2, gpt_neox, llama, mistral, qwen3, gemma2, gemma3, gpt_oss, phi3, olmo2, opt)
+    for f in (
+        gpt2,
+        gpt_neox,
+        llama,
+        mistral,
+        qwen3,
+        gemma2,
+        gemma3,
+        gpt_oss,
+        phi3,
+        olmo2,
+        opt,
+        gptj,
+    )  # fmt: skip
 }
 FAMILIES = {**DECODERS, **{f.__name__: f for f in (bert, vit, llava)}}
-# their modeling code calls no attention function that we could take the place of
-EAGER_ONLY = {f.__name__: f for f in (gptj, bloom)}
+# its modeling code calls no attention function that we could take the place of
+EAGER_ONLY = {f.__name__: f for f in (bloom,)}
 
 
 def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32):

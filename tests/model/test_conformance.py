@@ -187,7 +187,7 @@ GATED = ("hook_mlp_in", "hook_attn_in")  # fire in the eager bridge although the
 HEADS_BEHIND = ("q_norm.", "k_norm.")  # [batch pos head d] as the wrapped module has it
 
 
-DELEGATED = ("bert", "vit", "opt")
+DELEGATED = ("bert", "vit", "opt", "gptj")
 
 
 def delegates(name, hook):

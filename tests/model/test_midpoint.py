@@ -8,7 +8,8 @@ from tests.model.families import DECODERS
 from tests.tiny import random_ids, tiny
 
 ONE, OTHER = (torch.tensor([ids]) for ids in random_ids(8, 8))
-SEQUENTIAL = [name for name in DECODERS if name != "gpt_neox"]  # whose branches run side by side
+SIDE_BY_SIDE = ("gpt_neox", "gptj")  # attention and MLP: there is no middle
+SEQUENTIAL = [name for name in DECODERS if name not in SIDE_BY_SIDE]
 
 
 def logits_with(model, ids, fn=None):
