@@ -199,10 +199,10 @@ class Look:
     def _look(self, layer: int, attention: Attention, hook) -> None:
         spans, positions = self.spans.to(attention.q.device), attention.key_positions
         inside = (spans[:, :1] <= positions) & (positions < spans[:, 1:]) & attention.real_keys
-        _, keys = attention.top_keys(1, queries=self.rows)
-        held = positions[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys)
+        pattern = attention.pattern(queries=self.rows)  # a few rows: those that emit
+        held = positions[:, None, None].expand_as(pattern).gather(-1, pattern.argmax(-1)[..., None])
         self.top[layer].append(held.squeeze(-1).cpu())
-        self.mass[layer].append(attention.mass_on(inside, queries=self.rows).cpu())
+        self.mass[layer].append((pattern * inside[:, None, None]).sum(-1).cpu())
 
     def table(self, texts: list[list[int]], emitted: Tensor, real: Tensor) -> pd.DataFrame:
         """One row a prompt: each measure of every head, `[layer head]` in one list."""
