@@ -141,7 +141,7 @@ DECODERS = {
         olmo2,
         opt,
         gptj,
-    )  # fmt: skip
+    )
 }
 FAMILIES = {**DECODERS, **{f.__name__: f for f in (bert, vit, llava)}}
 # its modeling code calls no attention function that we could take the place of
