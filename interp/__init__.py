@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import report, tasks
+    from interp import metrics, report, tasks
     from interp.analysis.choices.letters import letter_heads
     from interp.analysis.choices.logit_attribution import (
         direct_effect,
@@ -26,28 +26,47 @@ if TYPE_CHECKING:
     from interp.analysis.patching.attribution import attribution_patching, compare_estimate
     from interp.analysis.patching.paths import path_patching
     from interp.analysis.patterns import attention
+    from interp.analysis.position_bias import position_bias
+    from interp.analysis.probes import probe_heads
     from interp.analysis.retrieval import retrieval_heads
     from interp.analysis.sinks import attention_sinks
+    from interp.analysis.vit_heads import vit_heads
     from interp.evaluation import compare, evaluate
     from interp.heads import Head, HeadScores
     from interp.intervention.ablate import Ablate
+    from interp.intervention.act import ACT
     from interp.intervention.base import Intervention, load_intervention
+    from interp.intervention.iti import ITI
+    from interp.intervention.lofit import LoFiT
+    from interp.intervention.long_heads import LongHeads
     from interp.intervention.low_rank import LowRank
+    from interp.intervention.pine import PINE
+    from interp.intervention.re2 import RE2
+    from interp.intervention.recycled import RecycledAttention
     from interp.intervention.steer import SteerAttention
+    from interp.intervention.temperature import Temperature
     from interp.model.hooked import HookedModel, load
 
     __version__: str
 
 _HOMES = {
+    "ACT": "interp.intervention.act",
     "Ablate": "interp.intervention.ablate",
     "Circuit": "interp.analysis.circuits.find",
     "EdgeScores": "interp.analysis.circuits.edge_scores",
     "Head": "interp.heads",
     "HeadScores": "interp.heads",
     "HookedModel": "interp.model.hooked",
+    "ITI": "interp.intervention.iti",
     "Intervention": "interp.intervention.base",
+    "LoFiT": "interp.intervention.lofit",
+    "LongHeads": "interp.intervention.long_heads",
     "LowRank": "interp.intervention.low_rank",
+    "PINE": "interp.intervention.pine",
+    "RE2": "interp.intervention.re2",
+    "RecycledAttention": "interp.intervention.recycled",
     "SteerAttention": "interp.intervention.steer",
+    "Temperature": "interp.intervention.temperature",
     "activation_patching": "interp.analysis.patching.activation",
     "attention": "interp.analysis.patterns",
     "attention_sinks": "interp.analysis.sinks",
@@ -69,11 +88,18 @@ _HOMES = {
     "load_intervention": "interp.intervention.base",
     "logit_attribution": "interp.analysis.choices.logit_attribution",
     "path_patching": "interp.analysis.patching.paths",
+    "position_bias": "interp.analysis.position_bias",
+    "probe_heads": "interp.analysis.probes",
     "retrieval_heads": "interp.analysis.retrieval",
     "total_effect": "interp.analysis.choices.logit_attribution",
+    "vit_heads": "interp.analysis.vit_heads",
 }
 
 __all__ = [  # as literals, since type checkers do not read _HOMES
+    "ACT",
+    "ITI",
+    "PINE",
+    "RE2",
     "Ablate",
     "Circuit",
     "EdgeScores",
@@ -81,8 +107,12 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "HeadScores",
     "HookedModel",
     "Intervention",
+    "LoFiT",
+    "LongHeads",
     "LowRank",
+    "RecycledAttention",
     "SteerAttention",
+    "Temperature",
     "__version__",
     "activation_patching",
     "attention",
@@ -104,18 +134,22 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "load",
     "load_intervention",
     "logit_attribution",
+    "metrics",
     "path_patching",
+    "position_bias",
+    "probe_heads",
     "report",
     "retrieval_heads",
     "tasks",
     "total_effect",
+    "vit_heads",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in ("report", "tasks"):
+    elif name in ("metrics", "report", "tasks"):
         value = importlib.import_module(f"interp.{name}")
     elif name == "__version__":
         from importlib.metadata import version

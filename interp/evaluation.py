@@ -4,9 +4,12 @@ Teacher-forced (the default): the prompt and its answer go through the model onc
 right when every one of its tokens is the argmax. `generate=True`: the model writes on greedily, and
 an answer is right when it is what comes first. Shares have Wilson intervals, means and paired
 differences bootstrap intervals (percentile, resampled over prompts).
+
+Interventions that change prompts (`prepare`) do so here. Under one that is not causal (see
+`Intervention.causal`) an answer still has a likelihood, and a prompt's own tokens have none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,13 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from interp.errors import UserError
+from interp.model.call import Spans
 from interp.model.hooked import HookedModel
-from interp.tasks.prompts import as_prompts, describe, spans_of
+from interp.model.images import images_of, of_images, written_out
+from interp.tasks.prompts import about_of, as_prompts, describe, from_examples, spans_of
 
 METRICS = ("accuracy", "loss", "logit_diff")
 RESAMPLES = 2000
@@ -155,10 +161,12 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, loss and logit difference of `model` (as it is now, interventions and all).
 
-    Raises `EvaluationError` where some prompts have answers and some have none, or the model's
-    numbers are not finite.
+    Raises `EvaluationError` where some prompts have answers and some have none, where the loss of
+    their own tokens is asked for and an intervention makes it meaningless, or the model's numbers
+    are not finite.
     """
     prompts = as_prompts(model, prompts)
+    about, task = _carried(prompts), describe(prompts)
     has_answers = "answer_ids" in prompts.column_names
     answered = [bool(ids) for ids in prompts["answer_ids"]] if has_answers else [False]
     if any(answered) and not all(answered):
@@ -168,17 +176,14 @@ def evaluate(
         raise EvaluationError("generate=True: the prompts have no answers to compare with.")
     desc = "evaluate" if progress else None
     if not all(answered):
+        check_text_has_a_loss(model, prepared(model, prompts) is not prompts)
         table = _text_losses(model, prompts, batch_size, desc)
     elif generate:
-        table = _generated(model, prompts, batch_size, desc)
+        table = _generated(model, prepared(model, prompts), batch_size, desc)
     else:
-        table = _forced(model, prompts, batch_size, desc)
+        table = _forced(model, prepared(model, prompts), batch_size, desc)
     _check_finite(table, model)
-    kept = [
-        c for c in prompts.column_names if c not in ("text", "input_ids", "answer_ids", "spans")
-    ]
-    about = prompts.select_columns(kept).to_pandas()
-    metadata = {"task": describe(prompts), "generate": generate, **model.provenance()}
+    metadata = {"task": task, "generate": generate, **model.provenance()}
     return Evaluation(pd.concat([about, table], axis=1), metadata)
 
 
@@ -200,6 +205,35 @@ def compare(
         with model.intervene(interventions or []):
             found[name] = evaluate(model, prompts, **settings)
     return Comparison(found)
+
+
+def prepared(model: HookedModel, prompts: Dataset) -> Dataset:
+    """The prompts as the applied interventions want them to go in; mostly as they are."""
+    if not model.applied:
+        return prompts
+    spans = spans_of(prompts) or [{}] * len(prompts)
+    rows = [dict(row) | {"spans": own} for row, own in zip(prompts, spans, strict=True)]
+    changed = [model.prepare(row) for row in rows]
+    if all(new is old for new, old in zip(changed, rows, strict=True)):
+        return prompts
+    about = about_of(prompts.info.description)
+    parameters = {**about["parameters"], "prepared_by": list(model.interventions)}
+    return from_examples(model, changed, task=about["task"], parameters=parameters)
+
+
+def check_text_has_a_loss(model: HookedModel, changed: bool = False) -> None:
+    """Raises `EvaluationError` where interventions leave a text's own tokens no likelihood.
+
+    `changed`: whether one of them put another text in its place.
+    """
+    acausal = [one for one in model.applied if not getattr(one, "causal", True)]
+    if acausal or changed:
+        who = repr(acausal[0]) if acausal else "what is applied"
+        why = "what is read at a token depends on later ones" if acausal else "it changes prompts"
+        raise EvaluationError(
+            "prompts: without answers the loss is that of their own tokens, which has no meaning "
+            f"under {who}: {why}. Give prompts with answers."
+        )
 
 
 def metric_values(table: pd.DataFrame, metric: str) -> Float[np.ndarray, " prompt"] | None:
@@ -230,36 +264,96 @@ def written_by(model: HookedModel, new: Int[Tensor, "batch new"]) -> Bool[Tensor
     return torch.isin(new, ends).cumsum(1) == 0
 
 
-def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
-    answers = prompts["answer_ids"]
+def forced_logits(
+    model: HookedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    spans: Sequence[Spans] | None = None,
+    lengths: Sequence[int] | None = None,
+    images: Sequence[Any] | None = None,
+    batch_size: int = 8,
+    desc: str | None = None,
+) -> Iterator["Forced"]:
+    """Logits that predict the tokens of answers, each read in one pass behind its prompt.
+
+    `lengths`: how many of a row's tokens interventions shall take for the prompt; default: those of
+    the prompt, so that the answer's count as generated. `images`: see `HookedModel.batches`.
+    """
     # the last answer token predicts nothing that is asked for
-    lists = [[*p, *a[:-1]] for p, a in zip(prompts["input_ids"], answers, strict=True)]
+    lists = [[*p, *a[:-1]] for p, a in zip(prompts, answers, strict=True)]
+    lengths = [len(p) for p in prompts] if lengths is None else lengths
+    for batch in model.batches(lists, batch_size, desc, images=images):
+        rows = batch.index.tolist()
+        target, real = answer_rows([answers[i] for i in rows], batch.input_ids.device)
+        told = None if spans is None else [spans[i] for i in rows]
+        with model.spans(told, [lengths[i] for i in rows]):
+            logits = model.last_logits(
+                batch.input_ids, batch.attention_mask, target.shape[1], **batch.inputs
+            )
+        yield Forced(rows, logits, target, real)
+
+
+@dataclass(frozen=True, eq=False)
+class Forced:
+    """Of some rows, what the model says of their answers, which are padded on the left."""
+
+    rows: list[int]
+    logits: Float[Tensor, "batch answer vocab"]
+    target: Int[Tensor, "batch answer"]
+    real: Bool[Tensor, "batch answer"]
+
+    @property
+    def losses(self) -> Float[Tensor, "batch answer"]:
+        """Negative log-likelihood of each token, nats; 0 where there is none."""
+        return torch.where(self.real, token_losses(self.logits, self.target), 0)
+
+    @property
+    def greedy(self) -> Bool[Tensor, " batch"]:
+        """Whether all of an answer's tokens are the argmax."""
+        return ((self.logits.argmax(-1) == self.target) | ~self.real).all(1)
+
+
+def token_losses(
+    logits: Float[Tensor, "batch pos vocab"], target: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos"]:
+    """Negative log-likelihood of each token, nats."""
+    # row by row: over transposed logits torch's sum of a large vocabulary is off by 1e-4
+    rows = zip(logits, target, strict=True)
+    return torch.stack([cross_entropy(row, wanted, reduction="none") for row, wanted in rows])
+
+
+def _forced(model, prompts, batch_size, desc) -> pd.DataFrame:
     choices = _first_choice_tokens(model, prompts)
     rows: dict[int, dict] = {}
-    for batch in model.batches(lists, batch_size, desc):
-        index = batch.index.tolist()
-        target, real = answer_rows([answers[i] for i in index], batch.input_ids.device)
-        with _told(model, prompts, index):
-            logits = model.last_logits(batch.input_ids, batch.attention_mask, target.shape[1])
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        loss = torch.where(real, loss, 0).sum(1) / real.sum(1)
-        correct = ((logits.argmax(-1) == target) | ~real).all(1)
-        first = real.int().argmax(1)
-        for row, i in enumerate(index):
-            rows[i] = {"correct": bool(correct[row]), "loss": float(loss[row])}
+    for found in forced_logits(
+        model,
+        prompts["input_ids"],
+        prompts["answer_ids"],
+        spans=spans_of(prompts),
+        images=images_of(prompts),
+        batch_size=batch_size,
+        desc=desc,
+    ):
+        loss = (found.losses.sum(1) / found.real.sum(1)).tolist()
+        correct, first = found.greedy.tolist(), found.real.int().argmax(1).tolist()
+        for row, i in enumerate(found.rows):
+            rows[i] = {"correct": correct[row], "loss": loss[row]}
             if choices is not None:
-                rows[i]["logit_diff"] = _logit_diff(logits[row, first[row]], *choices[i])
-    return pd.DataFrame([rows[i] for i in range(len(lists))])
+                rows[i]["logit_diff"] = _logit_diff(found.logits[row, first[row]], *choices[i])
+    return pd.DataFrame([rows[i] for i in range(len(prompts))])
 
 
 def _generated(model, prompts, batch_size, desc) -> pd.DataFrame:
     answers = prompts["answer_ids"]
     rows: dict[int, dict] = {}
-    for batch in model.batches(prompts["input_ids"], batch_size, desc):
+    for batch in model.batches(prompts["input_ids"], batch_size, desc, images=images_of(prompts)):
         index = batch.index.tolist()
         longest = max(len(answers[i]) for i in index)
         with _told(model, prompts, index):
-            new = model.continue_greedily(batch.input_ids, batch.attention_mask, longest)
+            new = model.continue_greedily(
+                batch.input_ids, batch.attention_mask, longest, **batch.inputs
+            )
         for row, i in enumerate(index):
             written = new[row, : len(answers[i])].tolist()
             told = new[row][written_by(model, new)[row]]
@@ -275,17 +369,25 @@ def _text_losses(model, prompts, batch_size, desc) -> pd.DataFrame:
             f"prompts: prompt {short[0]} has one token, and a loss needs two; give a longer text."
         )
     losses: dict[int, float] = {}
-    for batch in model.batches(prompts["input_ids"], batch_size, desc):
+    for batch in model.batches(prompts["input_ids"], batch_size, desc, images=images_of(prompts)):
         ids, mask = batch.input_ids, batch.attention_mask
         with _told(model, prompts, batch.index.tolist()):
-            logits = model.last_logits(ids, mask, ids.shape[1])[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), ids[:, 1:], reduction="none"
-        )
-        told = mask[:, :-1].bool()  # a token is predicted from a real one
+            logits = model.last_logits(ids, mask, ids.shape[1], **batch.inputs)[:, :-1]
+        loss = token_losses(logits, ids[:, 1:])
+        # a token is predicted from a real one; that of an image is not written but put there
+        told = mask[:, :-1].bool() & ~of_images(model, ids)[:, 1:]
         mean = torch.where(told, loss, 0).sum(1) / told.sum(1)
         losses |= dict(zip(batch.index.tolist(), mean.tolist(), strict=True))
     return pd.DataFrame({"loss": [losses[i] for i in range(len(prompts))]})
+
+
+def _carried(prompts: Dataset) -> pd.DataFrame:
+    """The columns that a result keeps."""
+    left = ("text", "input_ids", "answer_ids", "spans", "image")
+    kept = [name for name in prompts.column_names if name not in left]
+    table = prompts.select_columns(kept).to_pandas()
+    assert isinstance(table, pd.DataFrame)  # it comes in pieces only if asked to
+    return table
 
 
 def _told(model: HookedModel, prompts: Dataset, index: list[int]):
@@ -311,6 +413,7 @@ def token_after(model, row: dict, choice: str) -> int:
     prompt = row["input_ids"]
     for special in (True, False):  # a chat's text has its special tokens already
         ids = model.tokenizer(row["text"] + choice, add_special_tokens=special).input_ids
+        ids = written_out(row, ids)
         if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
             return ids[len(prompt)]
     raise EvaluationError(

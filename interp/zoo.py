@@ -25,6 +25,7 @@ from interp.errors import UserError
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "models"
 MARKER = "interp.json"
+ASSEMBLY = "assembly.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Log = Callable[[str], None]
@@ -46,7 +47,10 @@ class Package:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model with a name of ours; `package` where it is fetched, None where it is embedded."""
+    """A model with a name of ours; `package` where it is fetched, None where it is embedded.
+
+    `language_model`: the known model behind which it sees, of which its own folder has no copy.
+    """
 
     name: str
     source: str
@@ -54,6 +58,7 @@ class KnownModel:
     licence: str
     description: str
     package: Package | None = None
+    language_model: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -84,7 +89,8 @@ SMOLLM2 = KnownModel(
 
 def models() -> list[KnownModel]:
     """Every model that has a name here; `.installed` tells whether it is on this machine."""
-    names = {"mini-llama", *(folder.parent.name for folder in EMBEDDED.glob("*/config.json"))}
+    names = {"mini-llama"}
+    names |= {file.parent.name for file in EMBEDDED.glob("*/config.json")}
     return [SMOLLM2, *(embedded(name) for name in sorted(names))]
 
 
@@ -95,13 +101,21 @@ def embedded(name: str) -> KnownModel:
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     title = next((line[2:].strip() for line in lines if line.startswith("# ")), "")
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    behind = language_model_of(folder)
     return KnownModel(
         name=name,
         source=f"embedded (data/models/{name})",
-        size=f"{n_bytes / 1e6:.1f} MB",
+        size=f"{n_bytes / 1e6:.1f} MB" + (f" and {behind}" if behind else ""),
         licence="MIT",
         description=title or "trained by its own train.py",
+        language_model=behind,
     )
+
+
+def language_model_of(folder: Path) -> str | None:
+    """The known model behind which a folder's image encoder sees; None where it holds all."""
+    file = folder / ASSEMBLY
+    return json.loads(file.read_text())["language_model"] if file.is_file() else None
 
 
 def resolve(name_or_path: str | Path, *, progress: bool = True) -> tuple[str, KnownModel | None]:

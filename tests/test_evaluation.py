@@ -9,7 +9,13 @@ import torch
 from datasets import Dataset
 
 import interp
-from interp.evaluation import Comparison, Evaluation, EvaluationError, answer_rows
+from interp.evaluation import (
+    Comparison,
+    Evaluation,
+    EvaluationError,
+    answer_rows,
+    token_losses,
+)
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import from_examples
 from tests.tiny import eager, fresh, one_by_one, random_ids, tiny, tokenizer, with_answers, words
@@ -113,6 +119,12 @@ def test_the_loss_on_text_is_that_of_transformers(family):
     assert found.interval[0] < found.loss < found.interval[1]
     tokens = Dataset.from_dict({"text": ["-"] * 5, "input_ids": texts})  # without more columns
     np.testing.assert_allclose(evaluate(tiny(family), tokens).table["loss"], expected, rtol=1e-4)
+
+
+def test_losses_of_a_large_vocabulary_are_exact():
+    logits, target = 3 * torch.randn(2, 3, 50_000), torch.randint(50_000, (2, 3))
+    expected = -logits.double().log_softmax(-1).gather(2, target[..., None])[..., 0]
+    torch.testing.assert_close(token_losses(logits, target).double(), expected, atol=5e-6, rtol=0)
 
 
 def test_bf16_is_near_float32():

@@ -45,7 +45,7 @@ def test_every_public_name_can_be_had(name):
 
 
 def test_the_names_and_their_homes_agree():
-    assert {*interp._HOMES, "report", "tasks", "__version__"} == set(interp.__all__)
+    assert {*interp._HOMES, "metrics", "report", "tasks", "__version__"} == set(interp.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import circuits, evaluate, models, report, score
+from interp.cli import circuits, evaluate, fit, harness, models, report, score
 from interp.cli.options import QUIET
 from interp.errors import UserError
 
 app = typer.Typer(name="interp", add_completion=True, **QUIET)
 app.add_typer(models.app, name="models")
 app.add_typer(score.app, name="score")
+app.add_typer(fit.app, name="fit")
+app.command("lm-eval", context_settings=harness.FORWARDED)(harness.lm_eval)
 for name, command in {
     "patch": circuits.patch,
     "circuit": circuits.circuit,

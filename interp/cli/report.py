@@ -1,6 +1,7 @@
 """`interp report`: the whole loop on one page."""
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,10 @@ def write_report(
     model: Model,
     out: Out,
     task: Annotated[str, typer.Option("--task", help="What heads are scored on.")] = "needle",
+    intervention: Annotated[
+        list[Path] | None,
+        typer.Option("--intervention", help="A saved one: what does it change? May be repeated."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A look, in a minute or two.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Some ten times the default.")] = False,
     data: Data = None,
@@ -47,6 +52,9 @@ def write_report(
     if quick and full:
         raise UserError("--quick, --full: one of them, or neither.")
     wanted = Wanted(task, data, sizes(lengths), n or 1, seed, allowed=("needle",))
+    from interp.intervention.base import interventions_of
+
+    edits = interventions_of(intervention)
     hooked = load(model, dtype, device, revision)
     from interp import report
 
@@ -59,9 +67,8 @@ def write_report(
     options |= {"batch-size": batch_size if batch_size != 4 else None}
     words = ["interp", "report", model, "--out", str(out)]
     words += ["--quick"] * quick + ["--full"] * full
+    words += [word for folder in intervention or [] for word in ("--intervention", str(folder))]
     for name, value in options.items():
         words += [] if value is None else [f"--{name}", str(value)]
-    page = report.write(
-        hooked, out, make(**changes), overwrite=overwrite, command=shlex.join(words)
-    )
-    print(page)
+    about = {"overwrite": overwrite, "command": shlex.join(words)}
+    print(report.write(hooked, out, make(**changes), interventions=edits, **about))

@@ -5,6 +5,7 @@ centred on 0 for effects, a sequential one from 0 for everything else. Tokens si
 positions with their text as tick labels, since plotly would merge equal labels into one column.
 """
 
+from interp.figures.atlas import offset_atlas
 from interp.figures.lines import conditions, faithfulness_curve, histogram, profile, scatter
 from interp.figures.look import (
     FAINT,
@@ -40,6 +41,7 @@ __all__ = [
     "head_map",
     "head_maps",
     "histogram",
+    "offset_atlas",
     "position_map",
     "profile",
     "scatter",

@@ -13,7 +13,7 @@ Zero takes the head away from the distribution that later layers know; mean and 
 there (Chan et al. 2022, causal scrubbing; Zhang & Nanda 2024, arXiv 2309.16042).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -29,6 +29,7 @@ from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.model.attention import Attention
 from interp.model.call import When
 from interp.model.hooked import HookedModel
+from interp.model.towers import sees_only
 
 How = Literal["zero", "mean", "resample", "uniform"]
 
@@ -98,6 +99,11 @@ class Ablate(Intervention):
         if not heads:
             return cls(heads, how, when, seed=seed)
         model.check_heads(heads)
+        if sees_only(model) or any(head.tower == "vision" for head in heads):
+            raise InterventionError(
+                "heads: those of an image encoder are ablated to zero, evenly, or over the batch; "
+                "only a language model's z can be taken from prompts."
+            )
         z = _collect_z(model, list(as_prompts(model, prompts)["input_ids"]), heads, batch_size)
         if how == "mean":
             bank = z.mean(1, keepdim=True)
@@ -110,18 +116,19 @@ class Ablate(Intervention):
         """One hook per layer touched. Raises `HeadError` where the model lacks a head."""
         model.check_heads(self.heads)
         self._check_bank(model)
-        for layer, heads in groupby(self.heads, key=attrgetter("layer")):
+        place = attrgetter("tower", "layer")
+        for (tower, _), heads in groupby(sorted(self.heads, key=place), key=place):
             heads = list(heads)
             index = [head.head for head in heads]
+            tokens = partial(self._tokens, model, tower == "vision" or sees_only(model))
             if self.how == "uniform":
-                yield (
-                    f"blocks.{layer}.attn.hook_attention",
-                    partial(self._look_evenly, model, index),
-                )
+                look = partial(self._look_evenly, tokens, index)
+                yield model.hook_of(heads[0], "hook_attention"), look
                 continue
             rows = [self.heads.index(head) for head in heads]
             bank = None if self.bank is None else self.bank[rows]
-            yield f"blocks.{layer}.attn.hook_z", partial(self._replace_z, model, index, bank)
+            replace = partial(self._replace_z, tokens, index, bank)
+            yield model.hook_of(heads[0], "hook_z"), replace
 
     def _check_numbers(self, bank: Tensor) -> None:
         if self.how not in ("mean", "resample"):
@@ -139,25 +146,36 @@ class Ablate(Intervention):
                 f"{model.cfg.d_head}. Fit it on this model."
             )
 
+    def _tokens(
+        self, model: HookedModel, of_image: bool, shape: torch.Size, device: torch.device
+    ) -> "_Tokens":
+        """Which tokens of the running pass to act on; those of an image are all its prompt's."""
+        if not of_image:
+            call = model.call
+            return _Tokens(call.rows(self.when), call.positions, call.real)
+        real = torch.ones(shape, dtype=torch.bool, device=device)
+        positions = torch.arange(shape[1], device=device).expand(shape)
+        return _Tokens(real & (self.when != "generated"), positions, real)
+
     def _look_evenly(
-        self, model: HookedModel, heads: list[int], attention: Attention, hook
+        self, tokens: Callable, heads: list[int], attention: Attention, hook
     ) -> Attention:
-        rows = model.call.rows(self.when)
+        rows = tokens(attention.positions.shape, attention.positions.device).rows
         return attention.set_rows(heads=heads, rows=rows) if rows.any() else attention
 
     def _replace_z(
         self,
-        model: HookedModel,
+        tokens: Callable,
         heads: list[int],
         bank: Float[Tensor, "some sample d_head"] | None,
         z: Float[Tensor, "batch pos head d_head"],
         hook,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        call = model.call
-        rows = call.rows(self.when)[:, :, None, None]
+        found = tokens(z.shape[:2], z.device)
+        rows = found.rows[:, :, None, None]
         if not rows.any():
             return z
-        new = self._new_z(z[:, :, heads], bank, call.positions, call.real)
+        new = self._new_z(z[:, :, heads], bank, found.positions, found.real)
         index = torch.tensor(heads, device=z.device)
         return z.index_copy(2, index, torch.where(rows, new.to(z), z[:, :, heads]))
 
@@ -186,6 +204,15 @@ class Ablate(Intervention):
         first, last = real.argmax(1), z.shape[1] - 1 - real.flip(1).argmax(1)
         column = column.clamp(first[:, None], last[:, None])
         return donor.gather(1, column[:, :, None, None].expand_as(donor))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Of a pass: the tokens to act on, where each stands, and which are no padding."""
+
+    rows: Bool[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
 
 
 def _collect_z(

@@ -14,6 +14,7 @@ Edits return a new `Attention` and compose: logit edits first, weight edits afte
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from math import isqrt
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +23,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from interp.model import statistics
 from interp.model.edits import Bias, Block, Edit, EditError, Rescale, SetRows, Temperature
+from interp.model.places import Places
+from interp.model.rotary import Rotary, RotaryError
 
 # Weights in a block: enough rows for the matrix product to be fast, few enough that the allocator
 # hands the same memory out again (from 32 MB on, glibc returns it to the system each time).
 BLOCK_ELEMENTS = 1 << 21
+# In a tile: few enough for a cache.
+TILE_ELEMENTS = 1 << 20
 
 # Indices, flags (a tensor of booleans), a slice, or None: all.
 Chosen = Sequence[int] | Tensor | slice | None
@@ -56,6 +61,9 @@ class Attention:
     `mask` is True where a key may be seen, or a float added to the logits; without one, `causal`
     says whether later keys are hidden. `sink_logits` belong to a virtual key (GPT-OSS): the weights
     of real keys then sum to less than 1.
+
+    `rotary` is how the layer turned q and k by their position (None: it did not, or in a way of its
+    own, as GPT-J), and `places` who stands where for whom, where somebody has given positions anew.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -71,6 +79,8 @@ class Attention:
     softcap: float | None = None
     sink_logits: Float[Tensor, "#batch head #query"] | None = None
     edits: tuple[Edit, ...] = ()
+    rotary: Rotary | None = None
+    places: Places | None = None
 
     @property
     def n_heads(self) -> int:
@@ -124,6 +134,25 @@ class Attention:
         return self._edit_weights(weights, self._whole)
 
     @kept
+    def q_unrotated(self) -> Float[Tensor, "batch head query d_head"] | None:
+        """q before the layer turned it by its position, float32; None without `rotary`."""
+        return None if self.rotary is None else self.rotary.undo(self.q, self.positions)
+
+    @kept
+    def k_unrotated(self) -> Float[Tensor, "batch kv_head key d_head"] | None:
+        """k before the layer turned it by its position, float32; None without `rotary`."""
+        return None if self.rotary is None else self.rotary.undo(self.k, self.key_positions)
+
+    def rotate(
+        self, x: Float[Tensor, "batch heads *pos d_head"], positions: Int[Tensor, "*at"]
+    ) -> Float[Tensor, "batch heads *new d_head"]:
+        """x as this layer turns it at `positions`, `[batch pos]` or one for each vector; float32.
+
+        Raises `RotaryError` without `rotary`.
+        """
+        return self._turning.rotate(x, positions)
+
+    @kept
     def lse(self) -> Float[Tensor, "batch head query"]:
         """Log-sum-exp of each row's logits (and of the sink logit where there is one), float32."""
         if self._fused is not None and not self.edits:
@@ -145,6 +174,26 @@ class Attention:
         """
         for block in self.row_blocks(heads, queries):
             yield block.rows, self._weights(block)
+
+    def tiles(
+        self, heads: Tensor | None = None
+    ) -> Iterator[tuple[Int[Tensor, " rows"], slice, Float[Tensor, "batch heads rows keys"]]]:
+        """The weights of all queries in pieces: (row indices, keys, weights), float32.
+
+        For sums that want no whole rows: a piece fits into a processor's cache, where the
+        normaliser is known beforehand. Elsewhere pieces are those of `blocks`.
+        """
+        if self._fused is None or self.edits:
+            for rows, weights in self.blocks(heads):
+                yield rows, slice(0, weights.shape[-1]), weights
+            return
+        n_heads = self.n_heads if heads is None else len(heads)
+        side = max(1, isqrt(TILE_ELEMENTS // max(1, len(self.q) * n_heads)))
+        for rows in torch.arange(self.n_queries, device=self.q.device).split(side):
+            seen = min(int(rows[-1]) + 1, self.n_keys) if self.causal else self.n_keys
+            for start in range(0, seen, side):
+                block = Block(heads, rows, min(start + side, seen))
+                yield rows, slice(start, block.n_keys), self._weights_from_lse(block, start)
 
     # Statistics, streamed: their definitions are in interp.model.statistics.
 
@@ -177,6 +226,27 @@ class Attention:
         return statistics.mass_on(self, whole_layer(keys), self._heads(heads), queries)
 
     # Edits: each returns a new Attention.
+
+    def reposition(
+        self,
+        group: Int[Tensor, "batch key"],
+        at: Int[Tensor, "#batch #head query group"],
+        base: Int[Tensor, "#batch #head query"] | None = None,
+        seen: Bool[Tensor, "#batch #head query group"] | None = None,
+    ) -> "Attention":
+        """Let query i stand at position `at[i, g]` for keys of group g, which stay where they are.
+
+        Keys of group -1 see it at `base[i]` (None: there are none but hidden ones). `seen` is False
+        where a query may not look at a group. Moving keys by s is moving queries by -s:
+
+            s_ij = scale * (R(at_ig) q_i) . (R(t_j) k_j)        q_i, k_j before rotation
+
+        Raises `EditError` after another edit, `RotaryError` without `rotary`.
+        """
+        if self.edits or self.places is not None:
+            raise EditError("positions can't be given anew after another edit: do it first.")
+        self._turning  # noqa: B018, raises
+        return replace(self, places=Places.of(group, at, base, seen))
 
     def bias(
         self,
@@ -258,6 +328,15 @@ class Attention:
     # How it is computed.
 
     @property
+    def _turning(self) -> Rotary:
+        if self.rotary is None:
+            raise RotaryError(
+                "rotate: this layer is not known to turn q and k by their position (learned "
+                "positions, ALiBi, none at all; GPT-J's way), so they can't be given others."
+            )
+        return self.rotary
+
+    @property
     def _whole(self) -> Block:
         return Block(None, self._index(None, self.n_queries, "queries"), self.n_keys)
 
@@ -275,7 +354,7 @@ class Attention:
     def _unedited_output(self) -> Float[Tensor, "batch head query d_value"]:
         if self._fused is not None:
             return self._fused[0]
-        if self.softcap is not None or self.sink_logits is not None:
+        if any(x is not None for x in (self.softcap, self.sink_logits, self.places)):
             return replace(self, edits=())._mix(None)
         k, v, grouped = self.k, self.v, self.q.device.type == "cpu"
         if not grouped:  # with a mask, CUDA's fast kernels want a key for each query head
@@ -291,7 +370,8 @@ class Attention:
 
         Not with gradients (the kernel's lse carries none), nor with a mask (it takes no boolean).
         """
-        plain = self.softcap is None and self.sink_logits is None and self.mask is None
+        special = (self.softcap, self.sink_logits, self.mask, self.places)
+        plain = all(x is None for x in special)
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k))
         same_width = self.q.shape[-1] == self.v.shape[-1]
         if not plain or needs_grad or not same_width or self.q.device.type != "cpu":
@@ -317,11 +397,16 @@ class Attention:
 
     def _logits(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
         """Scaled, soft-capped, with a float mask's numbers, edited; nothing hidden yet."""
-        logits = self._product(self._scaled_queries(block), self._keys_transposed, block)
+        if self.places is not None:
+            logits = self.places.logits(self, block)
+        else:
+            logits = self.product(self._scaled_queries(block), self.keys_transposed, block)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.mask is not None and self.mask.dtype != torch.bool:
             logits = logits + block.of(self.mask).float()
+        if self.places is not None:  # after the cap, which would make a number of -inf
+            logits = self.places.hide(logits, block)
         for edit in self.edits:
             if edit.on_logits:
                 logits = edit.apply(logits, block, None)
@@ -331,12 +416,13 @@ class Attention:
         q = self.q if block.heads is None else self.q[:, block.heads]
         return q[:, :, block.rows].float() * self.scale
 
-    def _product(
+    def product(
         self,
         q: Float[Tensor, "batch heads rows d"],
         k: Float[Tensor, "batch kv_head d key"],
         block: Block,
     ) -> Float[Tensor, "batch heads rows seen_keys"]:
+        """Each query of a block with each key."""
         k = k[..., : block.n_keys]
         group = self.n_heads // k.shape[1]
         if block.heads is not None:
@@ -346,8 +432,14 @@ class Attention:
         return (stacked @ k).view(*q.shape[:3], block.n_keys)
 
     @kept
-    def _keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
+    def keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
+        """As products want them, float32."""
         return self.k.float().transpose(2, 3)
+
+    @kept
+    def keys_by_group(self) -> Float[Tensor, "batch kv_head group d_head place"]:
+        """As `places` has them, float32."""
+        return self.places.groups.gather(self.k.float()).transpose(3, 4)
 
     def visible(self, block: Block) -> Bool[Tensor, "#batch #head rows seen_keys"] | None:
         """Which keys each row may see; None: all."""
@@ -361,7 +453,7 @@ class Attention:
 
     @kept
     def _keys_and_one(self) -> Float[Tensor, "batch kv_head d_head_and_1 key"]:
-        return pad(self._keys_transposed, (0, 0, 0, 1), value=1.0)
+        return pad(self.keys_transposed, (0, 0, 0, 1), value=1.0)
 
     def _masked(self, logits: Tensor, block: Block) -> Tensor:
         """Hidden keys get the lowest finite number, and so do those that an edit hid with −inf."""
@@ -369,15 +461,15 @@ class Attention:
         visible = self.visible(block)
         if visible is not None:
             logits = logits.masked_fill(~visible, lowest)
-        return logits.clamp_min(lowest) if self.edits else logits
+        return logits.clamp_min(lowest) if self.edits or self.places is not None else logits
 
     def _weights(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
-        if self._fused is not None and not any(edit.on_logits for edit in self.edits):
+        if not any(edit.on_logits for edit in self.edits) and self._fused is not None:
             weights = self._weights_from_lse(block)
         else:
             logits = self._masked(self._logits(block), block)
             weights = self._softmax(logits, block)
-            if self.mask is not None or self.edits:
+            if self.mask is not None or self.edits or self.places is not None:
                 weights = weights * sees_something(logits)
         return self._edit_weights(weights, block)
 
@@ -387,15 +479,20 @@ class Attention:
                 weights = edit.apply(weights, block, self.visible(block))
         return weights
 
-    def _weights_from_lse(self, block: Block) -> Tensor:
-        """exp(s - lse), the subtraction done within the product: one more dimension of q and k."""
+    def _weights_from_lse(self, block: Block, start: int = 0) -> Tensor:
+        """exp(s - lse) for the keys from `start` on.
+
+        The subtraction is done within the product: one more dimension of q and k.
+        """
         lse = self._fused[1] if block.heads is None else self._fused[1][:, block.heads]
         q = torch.cat([self._scaled_queries(block), -lse[:, :, block.rows, None]], dim=-1)
-        weights = self._product(q, self._keys_and_one, block).exp_()
-        if self.causal and len(block.rows):  # the first row sees all keys up to itself
-            first = int(block.rows.min())
+        keys = self._keys_and_one[..., start : block.n_keys]
+        weights = self.product(q, keys, replace(block, n_keys=keys.shape[-1])).exp_()
+        # the first row sees all keys up to itself
+        first = max(start, int(block.rows.min())) if len(block.rows) else block.n_keys
+        if self.causal and first < block.n_keys:
             later = torch.arange(first, block.n_keys, device=block.rows.device)
-            weights[..., first:].masked_fill_(later > block.rows[:, None], 0.0)
+            weights[..., first - start :].masked_fill_(later > block.rows[:, None], 0.0)
         return weights
 
     def _softmax(self, logits: Tensor, block: Block) -> Tensor:

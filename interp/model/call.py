@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -106,13 +106,13 @@ class Running:
 
     `call` is the forward pass that is running (or ran last), `passes` how many began. `generating`
     is the prompt's width while `HookedModel.generate` runs (0: its first pass has yet to come);
-    `interventions` names what is applied at the moment, `prompts` is what the caller told.
+    `interventions` is what is applied at the moment, `prompts` what the caller told.
     """
 
     call: Call | None = None
     passes: int = 0
     generating: int | None = None
-    interventions: tuple[str, ...] = ()
+    interventions: tuple[Any, ...] = ()
     prompts: Prompts | None = None
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -23,17 +24,33 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
     detect_tokenizer_bos_eos,
 )
+from transformer_lens.model_bridge.sources.transformers import helpers as theirs
 from transformer_lens.utilities.attn_implementation import force_eager_attention
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.image_processing_base import ImageProcessingMixin
 
 from interp import zoo
 from interp.heads import Head, HeadError
+from interp.model import packed, towers
 from interp.model.attention import Attention
 from interp.model.call import Call, Prompts, Running, Spans
+from interp.model.images import batch_inputs
 from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, make_lazy
 from interp.model.midpoint import carry_mid_edits
 from interp.model.norms import make_quiet_norms
+from interp.model.rotary import Rotations
 from interp.provenance import versions
+
+# where it is missing, TransformerLens would install it by pip, and with it another torch
+theirs._ensure_torchvision = lambda: find_spec("torchvision") is not None
+
+packed.register()
 
 
 class HookError(zoo.UserError):
@@ -44,6 +61,7 @@ def load(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
+    processor: Any = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     device_map: str | dict | None = None,
@@ -56,6 +74,8 @@ def load(
         model: `interp.zoo` name ("smollm2-135m"), folder, hub id, or a `PreTrainedModel`, which is
             then changed in place (its submodules become hooked ones).
         tokenizer: Default: the one beside the weights.
+        processor: What makes pixels of images, for models that see; default: the one beside the
+            weights. A whole processor, which has a tokenizer too, or an image processor.
         dtype: Default: the checkpoint's own.
         device: Default: CUDA where there is one, else the CPU. Not together with `device_map`.
         device_map: Spread over devices as in transformers.
@@ -70,11 +90,18 @@ def load(
             raise zoo.ModelError(
                 "dtype, device, device_map: not with a loaded model; move it first."
             )
-        return _hook_loaded(model, tokenizer)
+        return _hook_loaded(model, tokenizer, processor)
     source, known = zoo.resolve(model)
+    name = known.name if known else str(model)
+    if behind := zoo.language_model_of(Path(source)):
+        if device_map is not None:
+            raise zoo.ModelError(f"device_map: {name} lies on one device; give device instead.")
+        return _hook_assembled(name, Path(source), behind, tokenizer, processor, dtype, device)
     settings = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _named_errors(model):
         config = AutoConfig.from_pretrained(source, **settings)
+        if processor is None:
+            processor = _load_processor(source, config, **settings)
         if tokenizer is None:
             tokenizer = _load_tokenizer(source, **settings)
         if device is None and device_map is None:
@@ -87,8 +114,7 @@ def load(
             tokenizer=deepcopy(tokenizer),
             **settings,
         )
-    name = known.name if known else str(model)
-    return _hooked(bridge, name, revision, tokenizer)
+    return _hooked(bridge, name, revision, tokenizer, processor)
 
 
 class HookedModel(TransformerBridge):
@@ -101,6 +127,7 @@ class HookedModel(TransformerBridge):
 
     name: str
     revision: str | None
+    processor: Any  # None where the model sees no images
     _running: Running
 
     @property
@@ -113,6 +140,11 @@ class HookedModel(TransformerBridge):
     @property
     def interventions(self) -> tuple[str, ...]:
         """What is applied at the moment, in words."""
+        return tuple(_identity(one) for one in self.applied)
+
+    @property
+    def applied(self) -> tuple[Any, ...]:
+        """The interventions that are applied at the moment, in their order."""
         return self._running.interventions
 
     @property
@@ -163,10 +195,10 @@ class HookedModel(TransformerBridge):
 
     @torch.no_grad()
     def last_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, n: int
+        self, input_ids: Tensor, attention_mask: Tensor | None, n: int, **inputs
     ) -> Float[Tensor, "batch n vocab"]:
         """Logits of the last `n` columns, float32; the others are not computed if that can be."""
-        keep = {}
+        keep = dict(inputs)
         if "logits_to_keep" in signature(self.original_model.forward).parameters:
             keep["logits_to_keep"] = n
         logits = self(input_ids, attention_mask=attention_mask, use_cache=False, **keep)
@@ -174,11 +206,11 @@ class HookedModel(TransformerBridge):
 
     @torch.no_grad()
     def continue_greedily(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **inputs
     ) -> Int[Tensor, "batch new"]:
         """What the model writes on, by Hugging Face's greedy `generate` with the KV cache.
 
-        Rows that end early are filled up with the pad token.
+        Rows that end early are filled up with the pad token. `inputs`: see `Batch.inputs`.
         """
         pad = getattr(self.tokenizer, "pad_token_id", None)
         out = self.original_model.generate(
@@ -187,6 +219,7 @@ class HookedModel(TransformerBridge):
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=0 if pad is None else pad,
+            **inputs,
         )
         return out[:, input_ids.shape[1] :]
 
@@ -201,7 +234,11 @@ class HookedModel(TransformerBridge):
     def intervene(self, *interventions) -> Iterator["HookedModel"]:
         """Apply interventions, in order, to whatever runs in the block; undone on leaving it.
 
+        Each is an intervention, a list of them, or a folder in which one was saved. Where two edit
+        the same place, the later one gets what the earlier one made of it.
+
         Raises:
+            InterventionError: One that was made on a model of another kind, or can't be read.
             HookError: Before the block for a hook that the model does not have; after it for a
                 hook that never fired although the model ran.
         """
@@ -216,12 +253,14 @@ class HookedModel(TransformerBridge):
 
             return name, hook_fn
 
-        applied, running = list(_flat(interventions)), self._running
+        applied, running = _read(interventions), self._running
+        for one in applied:
+            getattr(one, "check_model", _accept)(self)
         pairs = chain.from_iterable(one.hooks(self) for one in applied)
         hooks = [watched(*pair) for pair in pairs]
         self.check_hooks(fired)
         passes, before = running.passes, running.interventions
-        running.interventions = (*before, *(_identity(one) for one in applied))
+        running.interventions = (*before, *applied)
         try:
             with self.hooks(fwd_hooks=hooks):
                 yield self
@@ -232,6 +271,16 @@ class HookedModel(TransformerBridge):
             raise HookError(
                 f"hooks: {silent[0]} never fired (of {len(silent)} such): the edit did not act."
             )
+
+    def prepare(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """What the applied interventions want to go in instead of a prompt (see `Intervention`).
+
+        `prompt` is a row as in `interp.tasks`, with at least `text` and `input_ids`.
+        """
+        for one in self.applied:
+            change = getattr(one, "prepare", None)
+            prompt = prompt if change is None else change(prompt, self)
+        return prompt
 
     @contextmanager
     def spans(
@@ -269,21 +318,20 @@ class HookedModel(TransformerBridge):
                 f"layers: {missing[0]} is not in {self.name}, which has layers 0-{last}."
             )
 
-    def check_heads(self, heads: Sequence[Head]) -> None:
-        """Raises `HeadError` where the model lacks one of the heads."""
-        n_heads = self.cfg.n_heads
-        layers = self.attention_layers
-        missing = [
-            h
-            for h in heads
-            if h.tower != "text" or h.layer not in layers or not 0 <= h.head < n_heads
-        ]
-        if missing:
-            raise HeadError(
-                f"heads: {len(missing)} of {len(heads)} are not in {self.name} (first: "
-                f"{missing[0]}), which has layers 0-{layers[-1]} and heads 0-{n_heads - 1}. "
-                "Were they scored on another model? See scores.metadata['model']."
-            )
+    def check_heads(self, heads: Sequence[Head], tower: str | None = "text") -> None:
+        """Raises `HeadError` where the model lacks one of the heads, or it is not of `tower`.
+
+        The language model is the tower "text", its image encoder "vision"; None: either.
+        """
+        towers.check_heads(self, heads, tower)
+
+    def hook_of(self, head: Head, point: str) -> str:
+        """The name of a hook of a head's layer, in its tower: `hook_z` is `blocks.3.attn.hook_z`.
+
+        Raises `HeadError` where the model lacks the head.
+        """
+        self.check_heads([head], tower=None)
+        return towers.towers(self)[head.tower].hook(head.layer, point)
 
     def generate(self, *args, **kwargs):
         """TransformerLens' `generate`; hooks know which tokens are generated, cache or not."""
@@ -294,20 +342,38 @@ class HookedModel(TransformerBridge):
             self._running.generating = None
 
     def batches(
-        self, token_lists: Sequence[Sequence[int]], batch_size: int = 8, desc: str | None = None
+        self,
+        token_lists: Sequence[Sequence[int]],
+        batch_size: int = 8,
+        desc: str | None = None,
+        *,
+        images: Sequence[Any] | None = None,
     ) -> Iterator["Batch"]:
         """Left-padded batches, longest first, with a progress bar where `desc` names it.
 
-        Rows of a batch are near each other in length; `Batch.index` says which they are.
+        Rows of a batch are near each other in length; `Batch.index` says which they are. `images`:
+        what each prompt has, as in `batch` (`interp.model.images.images_of(prompts)`).
         """
         lengths = torch.tensor([len(tokens) for tokens in token_lists], dtype=torch.long)
         order = lengths.argsort(descending=True, stable=True)
         splits = order.split(batch_size) if len(order) else ()
         for index in tqdm(splits, desc=desc, disable=desc is None, leave=False):
-            yield self.batch([token_lists[i] for i in index.tolist()], index)
+            rows = index.tolist()
+            shown = None if images is None else [images[i] for i in rows]
+            yield self.batch([token_lists[i] for i in rows], index, images=shown)
 
-    def batch(self, token_lists: Sequence[Sequence[int]], index: Tensor | None = None) -> "Batch":
-        """One left-padded batch on the model's device."""
+    def batch(
+        self,
+        token_lists: Sequence[Sequence[int]],
+        index: Tensor | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+    ) -> "Batch":
+        """One left-padded batch on the model's device.
+
+        `images`: for each prompt its image, a list of them, or None. Raises `ImageError` where a
+        prompt's image tokens are not those of its images.
+        """
         width = max(len(tokens) for tokens in token_lists)
         pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.full((len(token_lists), width), pad_id)
@@ -316,7 +382,9 @@ class HookedModel(TransformerBridge):
             ids[row, width - len(tokens) :] = torch.as_tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         index = torch.arange(len(ids)) if index is None else index
-        return Batch(ids.to(self.cfg.device), mask.to(self.cfg.device), index)
+        ids, mask = ids.to(self.cfg.device), mask.to(self.cfg.device)
+        inputs = batch_inputs(self, token_lists, ids, images, index.tolist())
+        return Batch(ids, mask, index, inputs)
 
     def provenance(self) -> dict[str, Any]:
         """What a result must say of the model it was made with."""
@@ -362,11 +430,16 @@ class HookedModel(TransformerBridge):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Left-padded prompts: row i is prompt `index[i]`, its tokens start at `first[i]`."""
+    """Left-padded prompts: row i is prompt `index[i]`, its tokens start at `first[i]`.
+
+    `inputs` is what a forward pass or `generate` takes beside tokens and mask (the pixels of the
+    prompts' images); for text there is nothing in it.
+    """
 
     input_ids: Int[Tensor, "batch token"]
     attention_mask: Int[Tensor, "batch token"]
     index: Int[Tensor, " batch"]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def first(self) -> Int[Tensor, " batch"]:
@@ -381,7 +454,7 @@ def _plain_function(fn: Callable) -> Callable:
     return (lambda value, hook: fn(value, hook=hook)) if not isinstance(fn, FunctionType) else fn
 
 
-def _hook_loaded(model: nn.Module, tokenizer: Any) -> HookedModel:
+def _hook_loaded(model: nn.Module, tokenizer: Any, processor: Any = None) -> HookedModel:
     kind = type(model).__name__
     if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
         raise zoo.ModelError(f"model: this {kind} is hooked already; use what `load` gave.")
@@ -397,18 +470,35 @@ def _hook_loaded(model: nn.Module, tokenizer: Any) -> HookedModel:
             tokenizer=None,  # the bridge would load it anew, with a BOS
             model_name=name,
         )
-    return _hooked(bridge, name, None, tokenizer)
+    return _hooked(bridge, name, None, tokenizer, processor)
+
+
+def _hook_assembled(
+    name: str, folder: Path, behind: str, tokenizer, processor, dtype, device
+) -> HookedModel:
+    """A model of ours whose language model, `behind`, is another of the known ones."""
+    from interp.model.assembled import assemble
+
+    with _named_errors(name):
+        wanted = None if dtype is None else _dtype(dtype, None)
+        parts = assemble(folder, zoo.get(behind), wanted)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        parts.model.config._name_or_path = name
+        return _hook_loaded(
+            parts.model.to(device), tokenizer or parts.tokenizer, processor or parts.processor
+        )
 
 
 def _hooked(
-    bridge: TransformerBridge, name: str, revision: str | None, tokenizer: Any
+    bridge: TransformerBridge, name: str, revision: str | None, tokenizer: Any, processor: Any
 ) -> HookedModel:
     """Turn a bridge into a `HookedModel`, in place."""
     bridge.__class__ = HookedModel
     model = cast(HookedModel, bridge)
     running = Running()
-    for field, value in (("name", name), ("revision", revision), ("_running", running)):
-        model.__dict__[field] = value  # the bridge forwards unknown attributes
+    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    own = {"name": name, "revision": revision, "processor": processor, "_running": running}
+    model.__dict__ |= own  # the bridge forwards unknown attributes
     _make_lazy(model, running)
     make_quiet_norms(model)
     carry_mid_edits(model)
@@ -431,11 +521,12 @@ def _make_lazy(model: HookedModel, running: Running) -> None:
     able = {id(c): can_be_lazy(c) for c in components}
     refused = {id(_config(c)) for c in components if not able[id(c)]}
     vision = getattr(model.original_model.config, "vision_config", None)
+    rotations = Rotations().watch(model.original_model)
     for component in components:
         config = _config(component)
         lazy = able[id(component)] and id(config) not in refused
         sees_image = vision is not None and isinstance(config, type(vision))
-        make_lazy(component, running, lazy, has_tokens=not sees_image)
+        make_lazy(component, running, lazy, has_tokens=not sees_image, rotations=rotations)
         if lazy:
             config._attn_implementation = IMPLEMENTATION
     if refused:
@@ -457,12 +548,15 @@ def _identity(intervention) -> str:
     return f"{intervention!r} {digest[:12]}".strip()
 
 
-def _flat(interventions) -> Iterator:
-    for one in interventions:
-        if isinstance(one, (list, tuple)):
-            yield from _flat(one)
-        else:
-            yield one
+def _read(interventions) -> list:
+    """Interventions, lists of them and folders as one list."""
+    from interp.intervention.base import interventions_of  # it is built on this module
+
+    return interventions_of(interventions)
+
+
+def _accept(model: HookedModel) -> None:
+    """What an intervention of a user's own, which may have hooks only, says of a model."""
 
 
 def _dtype(dtype: torch.dtype | str | None, config) -> torch.dtype:
@@ -482,6 +576,24 @@ def _load_tokenizer(source, **settings):
         return AutoTokenizer.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _load_processor(source, config, **settings):
+    """What reads images beside the weights, or None where they see none or nothing is there.
+
+    Without torchvision, which no image needs, Qwen's whole processors (they read videos too) can't
+    be had; the image processor can.
+    """
+    if not hasattr(config, "vision_config") and not hasattr(config, "image_size"):
+        return None
+    for kind in (AutoProcessor, AutoImageProcessor):
+        try:
+            found = kind.from_pretrained(source, **settings)
+        except (OSError, ValueError, KeyError, ImportError):
+            continue
+        if hasattr(found, "image_processor") or isinstance(found, ImageProcessingMixin):
+            return found
+    return None
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from interp.model.attention import Attention
 from interp.model.call import Call, Running
 from interp.model.edits import EditError
+from interp.model.rotary import Rotary, Rotations, rotary_function
 
 IMPLEMENTATION = "interp_lazy"
 
@@ -90,6 +91,7 @@ class LazyAttention(AttentionBridge):
         if kwargs.get("position_embeddings") is not None and "hook_cos" in self._modules:
             rotation = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
             kwargs["position_embeddings"] = rotation
+        self._angles = kwargs.get("position_embeddings")
         output = self.original_component(*args, **kwargs)
         first, *rest = output if isinstance(output, tuple) else (output,)
         if isinstance(self, JointQKVAttentionBridge):
@@ -131,6 +133,7 @@ class LazyAttention(AttentionBridge):
         if mask is None and causal and 1 < n_queries < key.shape[2]:
             key, value = key[:, :, :n_queries], value[:, :, :n_queries]  # an unfilled static cache
         scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+        facts = token_facts(self._running.call, query, key)
         attention = Attention(
             query,
             key,
@@ -140,7 +143,8 @@ class LazyAttention(AttentionBridge):
             causal=bool(causal) and n_queries > 1,
             softcap=kwargs.get("softcap"),
             sink_logits=None if sinks is None else sinks.reshape(1, -1, 1),
-            **token_facts(self._running.call, query, key),
+            rotary=self._rotary(module, facts["positions"], facts["real_queries"]),
+            **facts,
         )
         attention = self.hook_attention(attention)
         if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
@@ -148,6 +152,13 @@ class LazyAttention(AttentionBridge):
         else:
             z, pattern = attention.output(), None
         return z.transpose(1, 2).contiguous(), pattern
+
+    def _rotary(self, module: nn.Module, positions: Tensor, real: Tensor) -> Rotary | None:
+        function = rotary_function(type(module))
+        if function is None or self._angles is None or self._rotations is None:
+            return None
+        known = tuple(self._rotations.made.values())
+        return Rotary(function, self._angles, known, positions, real)
 
     def _through_pattern(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """z by way of the whole matrix, for hooks on scores and pattern."""
@@ -182,12 +193,17 @@ class LazyAttention(AttentionBridge):
 
 
 def make_lazy(
-    component: AttentionBridge, running: Running, lazy: bool, has_tokens: bool = True
+    component: AttentionBridge,
+    running: Running,
+    lazy: bool,
+    has_tokens: bool = True,
+    rotations: Rotations | None = None,
 ) -> None:
     """Turn a bridge's attention component into a lazy one, in place.
 
     With `lazy=False` it keeps its own eager path and only gains `hook_attention`. `has_tokens` is
     False in a tower that sees something else than the call's tokens (an image encoder).
+    `rotations`: what the model's rotary modules give, where somebody notes it.
     """
     if not isinstance(component, LazyAttention):
         kind = type(component)
@@ -195,6 +211,7 @@ def make_lazy(
         component.__class__ = type(f"Lazy{kind.__name__}", (LazyAttention, kind), members)
     component.hook_attention = HookPoint().train(component.training)
     component._running, component._lazy = (running if has_tokens else Running()), lazy
+    component._rotations, component._angles = (rotations if has_tokens else None), None
     if not lazy:
         return
     # through __dict__: an attribute that torch does not walk, so that nothing is registered twice

@@ -111,7 +111,7 @@ class Recording:
         hidden = self.resid_pre[layer][rows, start:]
         told = None if self.prompts is None else self.prompts.of(rows.tolist())
         with ExitStack() as around:
-            around.enter_context(_passing_over(self.model, layer, hidden))
+            around.enter_context(passing_over(self.model, layer, hidden))
             around.enter_context(_as_prompt(self.model, n_tokens, told))
             if lean:
                 around.enter_context(_last_mlp_at(self.model, self.read[late] - start))
@@ -271,7 +271,7 @@ def _kept_by(
 
 
 @contextmanager
-def _passing_over(model: HookedModel, layer: int, hidden: Tensor) -> Iterator[None]:
+def passing_over(model: HookedModel, layer: int, hidden: Tensor) -> Iterator[None]:
     """Blocks before `layer` do nothing, and `hidden` enters it whatever comes."""
 
     def enter(value: Tensor, hook) -> Tensor:

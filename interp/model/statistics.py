@@ -40,8 +40,8 @@ def mass_received(
 ) -> Float[Tensor, "batch heads key"]:
     """a_j = (1 / n_j) * sum over the real queries i that may see key j of a_ij; NaN if n_j = 0."""
     total = _zeros_per_key(attention, heads)
-    for rows, weights in attention.blocks(heads):
-        total[..., : weights.shape[-1]] += _sum_of_real_rows(attention, rows, weights)
+    for rows, keys, weights in attention.tiles(heads):
+        total[..., keys] += _sum_of_real_rows(attention, rows, weights)
     counts = queries_per_key(attention)[:, None]
     return torch.where(counts > 0, total / counts.clamp_min(1), torch.nan)
 
@@ -51,10 +51,9 @@ def largest_received(
 ) -> Float[Tensor, "batch heads key"]:
     """max over the real queries i of a_ij."""
     largest = _zeros_per_key(attention, heads)
-    for rows, weights in attention.blocks(heads):
+    for rows, keys, weights in attention.tiles(heads):
         real = attention.real_queries[:, None, rows, None]
-        seen = largest[..., : weights.shape[-1]]
-        largest[..., : weights.shape[-1]] = seen.maximum((weights * real).amax(2))
+        largest[..., keys] = largest[..., keys].maximum((weights * real).amax(2))
     return largest
 
 

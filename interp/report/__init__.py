@@ -1,5 +1,7 @@
 """The report: sinks, needles, retrieval heads and their ablation, circuits, on one page.
 
+With interventions also what they change, task by task.
+
     from interp import report
     report.write(model, "report/")
 
@@ -9,7 +11,7 @@ Every stage keeps its results in a folder of its own, so a report that was kille
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from interp.analysis.retrieval import retrieval_heads
 from interp.analysis.sinks import SinkRule, attention_sinks
 from interp.evaluation import Evaluation
 from interp.heads import HeadScores, ScoresError
+from interp.intervention.base import interventions_of
 from interp.model.hooked import HookedModel
 from interp.provenance import versions
 from interp.report.ablation import ablation_section
+from interp.report.before_after import before_after_section, compare_tasks
 from interp.report.circuits import circuits_section, find_circuits
 from interp.report.page import write_page
 from interp.report.plan import Plan, Texts, heads_to_ablate
@@ -45,7 +49,7 @@ from interp.tasks.prompts import describe
 __all__ = ["Plan", "write"]
 
 PAGE = "report.html"
-STAGES = ("sinks", "retrieval", "ablation", "circuits", "page")
+STAGES = ("sinks", "retrieval", "ablation", "circuits", "before and after", "page")
 
 
 def write(
@@ -53,6 +57,7 @@ def write(
     out: str | Path,
     plan: Plan | None = None,
     *,
+    interventions: Any = None,
     overwrite: bool = False,
     progress: bool = True,
     command: str = "",
@@ -60,17 +65,23 @@ def write(
     """Measure what `plan` says and write `out/report.html`; returns its path.
 
     Beside it: `figures/NAME.parquet` for every figure and table, `run.json`, and the folders of the
-    stages, from which a killed report continues. `command` is noted as how to get it again.
+    stages, from which a killed report continues. `interventions` (or folders of them) are compared
+    with the model without; all other sections are of the model as it is. `command` is noted as how
+    to get it again.
 
     Raises:
         RunError: `out` cannot be written, or holds a report of another model or plan.
         NeedleError: The needle task does not fit in the model's context window.
+        InterventionError: One that can't be read, or was made on another kind of model.
     """
     began = time.monotonic()
-    plan = (plan or Plan()).fitted(model)
+    plan, edits = (plan or Plan()).fitted(model), interventions_of(interventions)
     settings = {"analysis": "report", "plan": asdict(plan), **model.provenance()}
+    if edits:
+        with model.intervene(*edits):  # what does not fit this model is told now
+            settings["compared with"] = list(model.interventions)
     run = Run.open(out, settings, resume=not overwrite)
-    tell = teller(progress)
+    tell = teller(progress, [s for s in STAGES if edits or s != "before and after"])
     stage = {"resume": not overwrite, "progress": progress}
 
     tell("sinks", "attention sinks on plain texts")
@@ -94,6 +105,10 @@ def write(
     result, note = ablated(model, scores, ks, plan, texts, run.folder / "ablation", stage)
     tell("circuits", f"heads that carry a task, {plan.n_pairs} pairs of each")
     circuits = find_circuits(model, plan, run.folder / "circuits", progress)
+    changes = {}
+    if edits:
+        tell("before and after", "each task without the intervention and with it")
+        changes = compare_tasks(model, edits, plan, texts, run.folder / "before-after", **stage)
     tell("page", "writing")
 
     sections = [
@@ -104,6 +119,7 @@ def write(
         ),
         ablation_section(result, note),
         *([circuits_section(circuits)] if circuits else []),
+        *([before_after_section(changes, edits)] if edits else []),
     ]
     record = run.finish(
         seconds=round(time.monotonic() - began),
@@ -121,12 +137,12 @@ def write(
     return write_page(run.folder / PAGE, title, sections, about(model, plan, record))
 
 
-def teller(progress: bool) -> Callable[[str, str], None]:
-    """Says on stderr which stage begins."""
+def teller(progress: bool, stages: Sequence[str]) -> Callable[[str, str], None]:
+    """Says on stderr which of the stages begins."""
 
     def tell(stage: str, what: str) -> None:
         if progress:
-            at = f"[{STAGES.index(stage) + 1}/{len(STAGES)}]"
+            at = f"[{stages.index(stage) + 1}/{len(stages)}]"
             print(f"{at} {stage}: {what}", file=sys.stderr, flush=True)
 
     return tell

@@ -5,12 +5,15 @@ importing a module first (`interp.tasks.needle`) would hide the function of the 
 """
 
 from interp.tasks.colored_objects import colored_objects
+from interp.tasks.digits import digits
+from interp.tasks.documents import documents
 from interp.tasks.ioi import ioi
 from interp.tasks.multiple_choice import multiple_choice
 from interp.tasks.needle import Needle, needle
 from interp.tasks.pairs import corrupted, pairs
 from interp.tasks.prompts import PromptError, SpanError, as_prompts, describe, from_examples
 from interp.tasks.repeats import repeats
+from interp.tasks.scenes import polls, scenes
 from interp.tasks.text import text
 
 __all__ = [
@@ -21,11 +24,15 @@ __all__ = [
     "colored_objects",
     "corrupted",
     "describe",
+    "digits",
+    "documents",
     "from_examples",
     "ioi",
     "multiple_choice",
     "needle",
     "pairs",
+    "polls",
     "repeats",
+    "scenes",
     "text",
 ]

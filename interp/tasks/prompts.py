@@ -7,10 +7,15 @@
 | `answer`     | the text that continues it, leading space included; `""` where there is none     |
 | `answer_ids` | the tokens of the answer                                                         |
 | `spans`      | name -> `[start, end)`, indices into `input_ids`                                 |
+| `image`      | where there is one: the image, or several (`datasets.Image`); see below          |
 
 Tokens follow the tokenizer's own policy, `tokenizer(text).input_ids`, with one exception: where an
 answer is to follow, special tokens that the tokenizer puts at the *end* ([SEP], </s>) are left out.
 A span has every token that shares a character with it, so a token that straddles an edge is in.
+
+The text of a prompt with images has the model's own image token once for each
+(`interp.model.images.image_mark`); `input_ids` have it as often as the image takes, and `spans` say
+where: `image`, or `image_1`, `image_2`, ... where there are several.
 """
 
 import hashlib
@@ -23,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, Value
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from interp.errors import UserError
+from interp.model.images import listed, with_images
 
 
 class PromptError(UserError):
@@ -66,6 +72,7 @@ def from_examples(
     a column of that name) and `reply`; what else it has (`choices`, `target`, ...) is carried along
     as columns. Without spans it gets one named `text`: all but the special tokens. An example made
     from tokens has `input_ids`, `answer_ids` and `spans` instead; its text is only for reading.
+    Examples with an `image` (or a list of them) want the model itself, not its tokenizer.
 
     `chat=True` puts the text in the user's turn of the tokenizer's chat template; a `reply`, which
     is the end of `text`, opens the assistant's turn instead.
@@ -77,6 +84,9 @@ def from_examples(
         opening = _chat_opening(tokenizer)
         examples = [_in_chat(tokenizer, n, e, opening) for n, e in enumerate(examples)]
     rows = [_row(tokenizer, n, example, special=not chat) for n, example in enumerate(examples)]
+    for n, example in enumerate(examples):
+        if listed(example.get("image")):
+            rows[n] = with_images(model, n, rows[n], example.get("char_span_lists") or ())
     about = {
         "task": task,
         "parameters": parameters or {},
@@ -459,7 +469,13 @@ def checked(model, prompts: Dataset, max_tokens: int | None = None) -> Dataset:
 def _dataset(rows: list[dict], about: dict) -> Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name) for name in names} for row in rows]
-    features = Features.from_arrow_schema(pyarrow.Table.from_pylist(rows).schema)
+    pictures = [name for name in names if name == "image"]  # arrow has no type for them
+    bare = [{name: row[name] for name in names if name not in pictures} for row in rows]
+    features = Features.from_arrow_schema(pyarrow.Table.from_pylist(bare).schema)
+    for name in pictures:
+        several = any(isinstance(row[name], (list, tuple)) for row in rows)
+        features[name] = List(Image()) if several else Image()
+        rows = [{**row, name: listed(row[name])} for row in rows] if several else rows
     for name in ("input_ids", "answer_ids"):  # a column of empty lists would have no type
         features[name] = List(Value("int64"))
     info = DatasetInfo(description=json.dumps(about, sort_keys=True), features=features)

@@ -20,6 +20,7 @@ TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
 def block_size(request, monkeypatch):
     if request.param == "one row a block":
         monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(attention_module, "TILE_ELEMENTS", 1)
 
 
 @pytest.fixture(params=CASES)
@@ -245,6 +246,7 @@ class Largest(TorchDispatchMode):
 def test_no_statistic_holds_the_matrix(monkeypatch):
     n = 3000
     monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", 1 << 16)
     q, k = torch.randn(1, 2, n, 4), torch.randn(1, 1, n, 4)
     where, real = torch.arange(n)[None], torch.ones(1, n, dtype=torch.bool)
     a = attention_module.Attention(q, k, k, 0.5, where, where, real, real)

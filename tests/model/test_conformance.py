@@ -478,6 +478,7 @@ class Matrices(TorchDispatchMode):
 
 def test_nothing_is_materialised_unless_asked_for(decoder, monkeypatch):
     monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", 200)
     model, x, n = ours(decoder), inputs(decoder, n_tokens=41), 41
 
     def matrices(points, layers=(0, 1), fn=lambda value, hook: None):

@@ -20,6 +20,7 @@ TOLERANCE = {"atol": 3e-6, "rtol": 1e-5}
 def block_size(request, monkeypatch):
     if request.param == "one row a block":
         monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(attention_module, "TILE_ELEMENTS", 1)
 
 
 @pytest.fixture(params=CASES)
