@@ -14,6 +14,7 @@ each other and stay where they are), with the question read twice (RE2), and wit
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def measured(
         with model.intervene(CONDITIONS[name]):
             found[name] = position_bias(
                 model, prompts, relevant=RELEVANT[task], places=places,
-                batch_size=args.batch_size, out=args.out / task / name.replace(" ", "-"),
+                batch_size=args.batch_size, out=args.out / task / re.sub(r"\W+", "-", name),
             )  # fmt: skip
         print(f"{name}: {found[name]!r}")
     return found
@@ -178,8 +179,8 @@ def said_of_change(name: str, bias: PositionBias, before: PositionBias) -> str:
         )
     right, probability = (mean_change(bias, before, m) for m in (metric, "probability"))
     return (
-        f"{name}: {still}; right {interval(right, '+')} more often over all places, the answer's "
-        f"probability {interval(probability, '+')}"
+        f"{name}: {still}; over all places, prompt by prompt, the share right changes by "
+        f"{interval(right, '+')}, the answer's probability by {interval(probability, '+')}"
     )
 
 

@@ -40,7 +40,7 @@ from interp.heads import Head, HeadError
 from interp.model import packed, towers
 from interp.model.attention import Attention
 from interp.model.call import Call, Prompts, Running, Spans
-from interp.model.images import batch_inputs
+from interp.model.images import batch_inputs, check_plain_positions
 from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, make_lazy
 from interp.model.midpoint import carry_mid_edits
 from interp.model.norms import make_quiet_norms
@@ -334,7 +334,12 @@ class HookedModel(TransformerBridge):
         return towers.towers(self)[head.tower].hook(head.layer, point)
 
     def generate(self, *args, **kwargs):
-        """TransformerLens' `generate`; hooks know which tokens are generated, cache or not."""
+        """TransformerLens' `generate`; hooks know which tokens are generated, cache or not.
+
+        Raises `ImageError` for images of a model (Qwen-VL) that gives them positions in a plane,
+        which TransformerLens' loop cannot go on from; `continue_greedily` can.
+        """
+        check_plain_positions(self, kwargs)
         self._running.generating = 0
         try:
             return super().generate(*args, **kwargs)

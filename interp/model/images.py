@@ -193,6 +193,18 @@ def _check_tokens(numbers: Sequence[int], tokens: list[int], shown: list[list]) 
             )
 
 
+def check_plain_positions(model, inputs: dict[str, Any]) -> None:
+    """Raises `ImageError` where `inputs` are images whose tokens have positions in a plane.
+
+    The next token's position is then not the number of tokens so far, as some loops take it to be.
+    """
+    if "image_grid_thw" in inputs and "mm_token_type_ids" in _arguments(model):
+        raise ImageError(
+            "generate: TransformerLens' own loop cannot go on from this model's images; use "
+            "model.continue_greedily(...) or model.original_model.generate(...)."
+        )
+
+
 def processor_of(model) -> Any:
     """What reads images for the model. Raises `ImageError` where it has nothing that does."""
     if getattr(model, "processor", None) is None:

@@ -254,16 +254,38 @@ def test_choices_are_read_behind_the_image(family):
     assert_close(found, float(logits[8] - logits[[9, 10]].max()), **TOLERANCE)
 
 
-def test_transformer_lens_own_generation_sees_the_image():
-    model = vision.tiny("llava")
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_transformer_lens_own_generation_sees_the_image(family):
+    model = vision.tiny(family)
     prompts = prompts_of(model).select([0])
     batch = model.batch(prompts["input_ids"], images=images_of(prompts))
     new = model.continue_greedily(batch.input_ids, batch.attention_mask, 5, **batch.inputs)
+    written = generated(model, batch.input_ids, 5, **batch.inputs)
+    assert written == new[0, : len(written)].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_where_transformer_lens_own_generation_would_err_it_is_an_error(family):
+    model, plain = vision.tiny(family), vision.build(family)
+    prompts = prompts_of(model).select([0])
+    batch = model.batch(prompts["input_ids"], images=images_of(prompts))
+    model.continue_greedily(batch.input_ids, batch.attention_mask, 2, **batch.inputs)
+    with pytest.raises(ImageError, match="continue_greedily"):
+        generated(model, batch.input_ids, 5, **batch.inputs)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    written = generated(model, ids, 3)  # text, right after images
+    with torch.no_grad():
+        want = plain.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, 4:]
+    assert written == want.tolist()
+
+
+def generated(model, ids, n: int, **inputs) -> list[int]:
+    """What TransformerLens' loop writes on."""
     out = model.generate(
-        batch.input_ids, max_new_tokens=5, do_sample=False, verbose=False, return_type="tokens",
-        prepend_bos=False, **batch.inputs,
+        ids, max_new_tokens=n, do_sample=False, verbose=False, return_type="tokens",
+        prepend_bos=False, **inputs,
     )  # fmt: skip
-    assert out[0, batch.input_ids.shape[1] :].tolist() == new[0].tolist()
+    return out[0, ids.shape[1] :].tolist()
 
 
 # processors
