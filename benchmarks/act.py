@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from benchmarks.models import about, hooked, last_logits, plain, random_tokens, smollm2
+from benchmarks.models import about, hooked, last_logits, plain, random_tokens, smollm2, written
 from benchmarks.timing import ratio
 from interp.heads import Head, heads_of
 from interp.intervention.act import ACT, middle_heads
@@ -101,23 +101,6 @@ def beside_eager(
             goal="",
             **about_it,
         )
-
-
-@torch.no_grad()
-def written(
-    model: nn.Module,
-    tokens: Int[Tensor, "1 token"],
-    n_new: int,
-    edit: ACT | None = None,
-    cache: bool = True,
-) -> Float[Tensor, "1 whole"]:
-    """Prompt and continuation: greedy, always `n_new` tokens."""
-    options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
-    options |= {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "use_cache": cache}
-    if not isinstance(model, HookedModel):
-        return model.generate(tokens, **options).float()
-    with model.intervene([] if edit is None else edit):
-        return model.original_model.generate(tokens, **options).float()
 
 
 def edited_logits(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import interp
 from interp import zoo
+from interp.intervention.base import Intervention
 from interp.model.hooked import HookedModel
 
 FOLDERS = TemporaryDirectory(prefix="interp-benchmarks-")
@@ -78,3 +79,20 @@ def last_logits(model: nn.Module, tokens: Int[Tensor, "1 token"]) -> Float[Tenso
     """One forward pass; one row of logits, so that the unembedding hides nothing."""
     out = model(tokens, use_cache=False, logits_to_keep=1)
     return (out if torch.is_tensor(out) else out.logits)[:, -1]
+
+
+@torch.no_grad()
+def written(
+    model: nn.Module,
+    tokens: Int[Tensor, "1 token"],
+    n_new: int,
+    edit: Intervention | None = None,
+    cache: bool = True,
+) -> Float[Tensor, "1 whole"]:
+    """Prompt and continuation: greedy, always `n_new` tokens. `edit` is for a hooked model."""
+    options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
+    options |= {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "use_cache": cache}
+    if not isinstance(model, HookedModel):
+        return model.generate(tokens, **options).float()
+    with model.intervene([] if edit is None else edit):
+        return model.original_model.generate(tokens, **options).float()

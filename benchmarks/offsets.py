@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.models import about, hooked, last_logits, plain, random_tokens, smollm2
+from benchmarks.models import about, hooked, last_logits, plain, random_tokens, smollm2, written
 from benchmarks.timing import ratio
 from interp.heads import Head
 from interp.intervention.iti import ITI
@@ -73,19 +73,6 @@ def pushes(model: HookedModel) -> ITI:
     generator = torch.Generator().manual_seed(1)
     directions = normalize(torch.randn(len(heads), model.cfg.d_head, generator=generator))
     return ITI(heads, directions, torch.full((len(heads),), 0.1))
-
-
-@torch.no_grad()
-def written(
-    model: nn.Module, tokens: Int[Tensor, "1 token"], n_new: int, edit=None
-) -> Float[Tensor, "1 whole"]:
-    """Prompt and continuation: greedy, with the KV cache, always `n_new` tokens."""
-    options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
-    options |= {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
-    if not isinstance(model, HookedModel):
-        return model.generate(tokens, **options).float()
-    with model.intervene([] if edit is None else edit):
-        return model.original_model.generate(tokens, **options).float()
 
 
 def check_it_acts(model: HookedModel, push: ITI, tokens: Int[Tensor, "1 token"]) -> None:

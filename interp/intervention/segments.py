@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.intervention.base import InterventionError
-from interp.intervention.steer import _places as places_of
+from interp.intervention.steer import places_of
 from interp.model.attention import Attention
 from interp.model.call import Call
 

@@ -202,7 +202,7 @@ def tokens_of(names: Sequence[str], call: Call, attention: Attention) -> Bool[Te
     """
     lengths = call.prompt_lengths.tolist()
     places = [
-        [place for name in names for place in _places(name, row, call, lengths[row])]
+        [place for name in names for place in places_of(name, row, call, lengths[row])]
         for row in range(len(lengths))
     ]
     at, found = attention.key_positions, torch.zeros_like(attention.real_keys)
@@ -212,7 +212,7 @@ def tokens_of(names: Sequence[str], call: Call, attention: Attention) -> Bool[Te
     return found & attention.real_keys
 
 
-def _places(name: str, row: int, call: Call, length: int) -> list[Sequence[int]]:
+def places_of(name: str, row: int, call: Call, length: int) -> list[Sequence[int]]:
     """The ranges [start, end) of the prompt's own tokens that a name stands for."""
     numbers = SLICE.fullmatch(name)
     if numbers is not None:
