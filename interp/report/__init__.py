@@ -104,7 +104,7 @@ def write(
     tell("ablation", f"top {max(ks)} heads against {plan.draws} random draws")
     result, note = ablated(model, scores, ks, plan, texts, run.folder / "ablation", stage)
     tell("circuits", f"heads that carry a task, {plan.n_pairs} pairs of each")
-    circuits = find_circuits(model, plan, run.folder / "circuits", progress)
+    circuits = find_circuits(model, plan, run.folder / "circuits", **stage)
     changes = {}
     if edits:
         tell("before and after", "each task without the intervention and with it")

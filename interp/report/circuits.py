@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 
 import pandas as pd
 
@@ -32,8 +33,12 @@ class Found:
     reason: str = ""
 
 
-def find_circuits(model: HookedModel, plan: Plan, out: Path, progress: bool) -> dict[str, Found]:
+def find_circuits(
+    model: HookedModel, plan: Plan, out: Path, *, resume: bool, progress: bool
+) -> dict[str, Found]:
     """The circuit of each task that the model's tokens allow; kept in `out`, a folder a task."""
+    if not resume:
+        rmtree(out, ignore_errors=True)
     found = {}
     for task in NAMES if plan.n_pairs else ():
         folder = out / task

@@ -10,6 +10,9 @@ import pytest
 import interp
 from interp import report
 from interp.analysis import causality
+from interp.analysis.circuits.find import CircuitError
+from interp.report import circuits
+from interp.report.circuits import Found, find_circuits
 from interp.report.plan import PlanError, Texts, heads_to_ablate, lengths_for
 from interp.runs import RunError
 from interp.tasks.prompts import PromptError
@@ -105,6 +108,20 @@ def test_a_killed_report_goes_on_and_ends_with_the_same_numbers(page, model, tmp
     for whole in (page.parent / "figures").iterdir():
         again = pd.read_parquet(tmp_path / "figures" / whole.name)
         pd.testing.assert_frame_equal(again, pd.read_parquet(whole))
+
+
+def test_circuits_are_kept_unless_they_are_to_be_found_anew(model, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(circuits, "_find", lambda *args: calls.append(args) or Found(None, None))
+    marker = tmp_path / "ioi" / "circuit.json"
+    marker.parent.mkdir()
+    marker.write_text("{}")
+    found = find_circuits(model, TINY, tmp_path, resume=False, progress=False)
+    assert len(calls) == len(found) == 2 and not marker.exists()
+    marker.parent.mkdir(exist_ok=True)
+    marker.write_text("{}")
+    with pytest.raises(CircuitError):  # it is read
+        find_circuits(model, TINY, tmp_path, resume=True, progress=False)
 
 
 def test_another_plan_does_not_write_over_a_report(page, model):
