@@ -11,6 +11,7 @@ from interp.tasks.ioi import ioi
 from interp.tasks.multiple_choice import multiple_choice
 from interp.tasks.needle import Needle, needle
 from interp.tasks.pairs import corrupted, pairs
+from interp.tasks.pictured import pictured
 from interp.tasks.prompts import PromptError, SpanError, as_prompts, describe, from_examples
 from interp.tasks.repeats import repeats
 from interp.tasks.scenes import polls, scenes
@@ -31,6 +32,7 @@ __all__ = [
     "multiple_choice",
     "needle",
     "pairs",
+    "pictured",
     "polls",
     "repeats",
     "scenes",

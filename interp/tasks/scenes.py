@@ -23,9 +23,9 @@ from itertools import combinations
 
 from datasets import Dataset
 
-from interp.model.images import image_mark
+from interp.tasks.pictured import pictured
 from interp.tasks.pictures import COLORS, OBJECTS, SHAPES, Scene, Shape, article
-from interp.tasks.prompts import PromptError, from_examples, tokenizer_of
+from interp.tasks.prompts import PromptError
 
 PARTNERS = {
     "red circle": "blue square",
@@ -186,7 +186,8 @@ def scenes(
         if asked := ask(rng, scene, kind):
             examples.append(_example(scene, len(examples), kind, asked, size))
     about = {"n": n, "seed": seed, "questions": list(questions), "bias": bias, "size": size}
-    return _prompts(model, examples, about, chat, template)
+    options = {"chat": chat, "template": template, "parameters": about}
+    return pictured(model, examples, task="scenes", **options)
 
 
 def polls(
@@ -221,7 +222,8 @@ def polls(
                 question = {**(ask(rng, scene, "exists", target) or {}), "lure": lure}
                 examples.append(_example(scene, number, "exists", question, size))
     about = {"n": n, "seed": seed, "negatives": negatives, "bias": bias, "size": size}
-    return _prompts(model, examples, about, chat, template, task="polls")
+    options = {"chat": chat, "template": template, "parameters": about}
+    return pictured(model, examples, task="polls", **options)
 
 
 def _absent(rng: random.Random, name: str, absent: list[str], negatives: str) -> str:
@@ -265,20 +267,6 @@ def _example(scene: Scene, number: int, kind: str, asked: dict, size: int) -> di
         "boxes": [shape.box for shape in scene.shapes],
         "scene": number,
     }
-
-
-def _prompts(model, examples: list[dict], about: dict, chat, template, task="scenes") -> Dataset:
-    tokenizer = tokenizer_of(model)
-    chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-    if template is None:
-        template = "{image}\n{question}" if chat else "{image} {question}"
-    mark = image_mark(model)
-    rows = [
-        {"text": template.format(image=mark, question=example.pop("question")), **example}
-        for example in examples
-    ]
-    about = {**about, "template": template}
-    return from_examples(model, rows, task=task, parameters=about, chat=chat)
 
 
 def _check(n: int, bias: str, questions: tuple[str, ...]) -> None:
