@@ -89,7 +89,7 @@ SMOLLM2 = KnownModel(
 
 def models() -> list[KnownModel]:
     """Every model that has a name here; `.installed` tells whether it is on this machine."""
-    names = {"mini-llama"}
+    names = {"mini-llama", "mini-llava"}
     names |= {file.parent.name for file in EMBEDDED.glob("*/config.json")}
     return [SMOLLM2, *(embedded(name) for name in sorted(names))]
 

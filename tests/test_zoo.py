@@ -276,7 +276,7 @@ def test_anything_else_is_an_error_with_the_nearest_names(name, words):
 
 def test_embedded_models_are_found_by_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "EMBEDDED", tmp_path)
-    assert [m.name for m in zoo.models()] == ["smollm2-135m", "mini-llama"]
+    assert [m.name for m in zoo.models()] == ["smollm2-135m", "mini-llama", "mini-llava"]
     with pytest.raises(ModelError, match="mini-llama.*clone"):
         zoo.get("mini-llama")
     folder = tmp_path / "mini-vit"
