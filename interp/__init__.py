@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from interp.analysis.circuits.keeping import circuit_faithfulness
     from interp.analysis.circuits.overlap import circuit_overlap
     from interp.analysis.circuits.roles import head_roles
+    from interp.analysis.image_attention import image_attention
+    from interp.analysis.image_maps import (
+        gradient_attention,
+        input_gradient,
+        relative_attention,
+    )
     from interp.analysis.patching.activation import activation_patching
     from interp.analysis.patching.attribution import attribution_patching, compare_estimate
     from interp.analysis.patching.paths import path_patching
@@ -30,12 +36,16 @@ if TYPE_CHECKING:
     from interp.analysis.probes import probe_heads
     from interp.analysis.retrieval import retrieval_heads
     from interp.analysis.sinks import attention_sinks
+    from interp.analysis.vision_heads import vision_head_divergence
+    from interp.analysis.visual_sinks import visual_sinks
     from interp.analysis.vit_heads import vit_heads
     from interp.evaluation import compare, evaluate
     from interp.heads import Head, HeadScores
     from interp.intervention.ablate import Ablate
     from interp.intervention.act import ACT
     from interp.intervention.base import Intervention, load_intervention
+    from interp.intervention.head_modulation import HeadModulation
+    from interp.intervention.hide import HideTokens
     from interp.intervention.iti import ITI
     from interp.intervention.lofit import LoFiT
     from interp.intervention.long_heads import LongHeads
@@ -45,6 +55,10 @@ if TYPE_CHECKING:
     from interp.intervention.recycled import RecycledAttention
     from interp.intervention.steer import SteerAttention
     from interp.intervention.temperature import Temperature
+    from interp.intervention.var import VAR
+    from interp.intervention.vhr import VHR
+    from interp.intervention.vicrop import ViCrop
+    from interp.intervention.vtc import VTC
     from interp.model.hooked import HookedModel, load
 
     __version__: str
@@ -55,7 +69,9 @@ _HOMES = {
     "Circuit": "interp.analysis.circuits.find",
     "EdgeScores": "interp.analysis.circuits.edge_scores",
     "Head": "interp.heads",
+    "HeadModulation": "interp.intervention.head_modulation",
     "HeadScores": "interp.heads",
+    "HideTokens": "interp.intervention.hide",
     "HookedModel": "interp.model.hooked",
     "ITI": "interp.intervention.iti",
     "Intervention": "interp.intervention.base",
@@ -67,6 +83,10 @@ _HOMES = {
     "RecycledAttention": "interp.intervention.recycled",
     "SteerAttention": "interp.intervention.steer",
     "Temperature": "interp.intervention.temperature",
+    "VAR": "interp.intervention.var",
+    "VTC": "interp.intervention.vtc",
+    "VHR": "interp.intervention.vhr",
+    "ViCrop": "interp.intervention.vicrop",
     "activation_patching": "interp.analysis.patching.activation",
     "attention": "interp.analysis.patterns",
     "attention_sinks": "interp.analysis.sinks",
@@ -81,8 +101,11 @@ _HOMES = {
     "edge_patching": "interp.analysis.circuits.edges",
     "evaluate": "interp.evaluation",
     "find_circuit": "interp.analysis.circuits.find",
+    "gradient_attention": "interp.analysis.image_maps",
     "greedy_edges": "interp.analysis.circuits.edge_search",
     "head_roles": "interp.analysis.circuits.roles",
+    "image_attention": "interp.analysis.image_attention",
+    "input_gradient": "interp.analysis.image_maps",
     "letter_heads": "interp.analysis.choices.letters",
     "load": "interp.model.hooked",
     "load_intervention": "interp.intervention.base",
@@ -90,8 +113,11 @@ _HOMES = {
     "path_patching": "interp.analysis.patching.paths",
     "position_bias": "interp.analysis.position_bias",
     "probe_heads": "interp.analysis.probes",
+    "relative_attention": "interp.analysis.image_maps",
     "retrieval_heads": "interp.analysis.retrieval",
     "total_effect": "interp.analysis.choices.logit_attribution",
+    "vision_head_divergence": "interp.analysis.vision_heads",
+    "visual_sinks": "interp.analysis.visual_sinks",
     "vit_heads": "interp.analysis.vit_heads",
 }
 
@@ -100,11 +126,16 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "ITI",
     "PINE",
     "RE2",
+    "VAR",
+    "VHR",
+    "VTC",
     "Ablate",
     "Circuit",
     "EdgeScores",
     "Head",
+    "HeadModulation",
     "HeadScores",
+    "HideTokens",
     "HookedModel",
     "Intervention",
     "LoFiT",
@@ -113,6 +144,7 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "RecycledAttention",
     "SteerAttention",
     "Temperature",
+    "ViCrop",
     "__version__",
     "activation_patching",
     "attention",
@@ -128,8 +160,11 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "edge_patching",
     "evaluate",
     "find_circuit",
+    "gradient_attention",
     "greedy_edges",
     "head_roles",
+    "image_attention",
+    "input_gradient",
     "letter_heads",
     "load",
     "load_intervention",
@@ -138,10 +173,13 @@ __all__ = [  # as literals, since type checkers do not read _HOMES
     "path_patching",
     "position_bias",
     "probe_heads",
+    "relative_attention",
     "report",
     "retrieval_heads",
     "tasks",
     "total_effect",
+    "vision_head_divergence",
+    "visual_sinks",
     "vit_heads",
 ]
 

@@ -21,12 +21,22 @@ from interp.cli.options import (
     Revision,
     Seed,
 )
-from interp.cli.prompts import PROMPTS, QUESTIONS, Wanted, load, prompts_of, sizes
+from interp.cli.prompts import (
+    ABOUT_IMAGES,
+    PROMPTS,
+    QUESTIONS,
+    Wanted,
+    load,
+    prompts_of,
+    sizes,
+)
+
+TASKS = (*PROMPTS, *QUESTIONS, *ABOUT_IMAGES)
 
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option("--task", help=", ".join((*PROMPTS, *QUESTIONS)))],
+    task: Annotated[str, typer.Option("--task", help=", ".join(TASKS))],
     intervention: Annotated[
         list[Path] | None,
         typer.Option("--intervention", help="Folder of a saved intervention; may be repeated."),
@@ -53,7 +63,7 @@ def evaluate(
 
     Example: interp eval smollm2-135m --task needle --lengths 256 --intervention runs/ablate
     """
-    wanted = Wanted(task, data, sizes(lengths), n, seed, allowed=(*PROMPTS, *QUESTIONS), form=form)
+    wanted = Wanted(task, data, sizes(lengths), n, seed, allowed=TASKS, form=form)
     from interp.intervention.base import load_intervention
 
     edits = [load_intervention(folder) for folder in intervention or []]

@@ -17,7 +17,7 @@ Overwrite = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="A .txt file or a folder of them (needle: the haystack)."),
+    typer.Option("--data", help="Texts, file or folder (needle: haystack); pictured: .jsonl."),
 ]
 Lengths = Annotated[
     str | None, typer.Option("--lengths", help="Prompt lengths in tokens, such as 128,256.")

@@ -9,8 +9,10 @@ from interp.errors import UserError
 
 PROMPTS = ("needle", "repeats", "text")
 QUESTIONS = ("ioi", "colored_objects", "multiple_choice")
+ABOUT_IMAGES = ("scenes", "polls", "pictured")
 PAIRS = (*QUESTIONS, "pairs")
-WITH_DATA = ("needle", "text", "colored_objects", "pairs")
+NEED_DATA = ("pairs", "pictured")
+WITH_DATA = ("needle", "text", "colored_objects", *NEED_DATA)
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Wanted:
             raise UserError(f"task={self.task!r}: one of {', '.join(self.allowed)}.{hint}")
         if self.data is not None and self.task not in WITH_DATA:
             raise UserError(f"data={str(self.data)!r}: the task {self.task!r} takes no texts.")
-        if self.data is None and self.task == "pairs":
-            raise UserError("task='pairs': give them with --data, a .jsonl file.")
+        if self.data is None and self.task in NEED_DATA:
+            raise UserError(f"task={self.task!r}: give them with --data, a .jsonl file.")
         if self.form is not None and self.task != "colored_objects":
             raise UserError(f"form={self.form!r}: only colored_objects has forms.")
         if self.data is not None and not self.data.exists():
@@ -90,6 +92,10 @@ def prompts_of(model, wanted: Wanted):
             return tasks.text(model, max_tokens=size, n=n, seed=seed)
         found = tasks.text(model, wanted.data, max_tokens=size)
         return found.select(range(min(n, len(found))))
+    if wanted.task == "pictured":
+        return tasks.pictured(model, wanted.data)
+    if wanted.task in ABOUT_IMAGES:
+        return getattr(tasks, wanted.task)(model, n, seed)
     examples = importlib.import_module(f"interp.tasks.{wanted.task}").examples
     options = {} if wanted.form is None else {"form": wanted.form}
     about = {"n": n, "seed": seed} | options

@@ -23,7 +23,8 @@ from interp.cli.options import (
     Seed,
     Top,
 )
-from interp.cli.prompts import PROMPTS, Wanted, load, prompts_of, sizes
+from interp.cli.prompts import ABOUT_IMAGES, PROMPTS, Wanted, load, prompts_of, sizes
+from interp.errors import UserError
 
 app = typer.Typer(**QUIET)
 
@@ -112,6 +113,111 @@ def score_retrieval(
         resume=not overwrite,
     )
     print_heads(scores, ["frequency", "mass"], top, out, as_json)
+
+
+@app.command("vhd")
+def score_vhd(
+    model: Model,
+    out: Out,
+    data: Data = None,
+    n: N = 32,
+    seed: Seed = 0,
+    bias: Annotated[str, typer.Option("--bias", help="even, broken or training scenes.")] = "even",
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="How much the model writes to each image.")
+    ] = 48,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Hide the image instead of deleting it.")
+    ] = False,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Heads of a layer that T-VHD adds up.")
+    ] = None,
+    batch_size: BatchSize = 4,
+    top: Top = 10,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """How much each head's output changes when the image is taken away, while captions are written.
+
+    Example: interp score vhd mini-llava --n 64 --out runs/vhd
+    """
+    hooked = load(model, dtype, device, revision)
+    from interp import tasks
+    from interp.analysis.vision_heads import vision_head_divergence
+
+    if data is None:
+        prompts = tasks.scenes(hooked, n, seed, questions=("caption",), bias=bias)
+    else:
+        prompts = tasks.pictured(hooked, data)
+    found = vision_head_divergence(
+        hooked,
+        prompts,
+        max_new_tokens=new_tokens,
+        reference="masked" if masked else "deleted",
+        k=k,
+        batch_size=batch_size,
+        out=out,
+        resume=not overwrite,
+    )
+    print_heads(found.heads, ["relative", "outlier", "chosen"], top, out, as_json)
+
+
+@app.command("visual-sinks")
+def score_visual_sinks(
+    model: Model,
+    out: Out,
+    task: Annotated[str, typer.Option("--task", help="scenes, polls or pictured.")] = "scenes",
+    data: Data = None,
+    dimensions: Annotated[
+        str | None, typer.Option("--dimensions", help="Sink dimensions, such as 1415,2533.")
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option("--tau", help="Default 20 * sqrt(width / 4096).")
+    ] = None,
+    n: N = 32,
+    seed: Seed = 0,
+    batch_size: BatchSize = 4,
+    top: Top = 10,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Which image tokens are attention sinks, and which heads look at the others.
+
+    Example: interp score visual-sinks mini-llava --n 64 --out runs/visual-sinks
+    """
+    wanted = Wanted(task, data, None, n, seed, allowed=ABOUT_IMAGES)
+    chosen = None if dimensions is None else numbers(dimensions)
+    hooked = load(model, dtype, device, revision)
+    from interp.analysis.visual_sinks import visual_sinks
+
+    found = visual_sinks(
+        hooked,
+        prompts_of(hooked, wanted),
+        dimensions=chosen,
+        tau=tau,
+        batch_size=batch_size,
+        out=out,
+        resume=not overwrite,
+    )
+    found.tokens.to_parquet(out / "tokens.parquet", index=False)
+    found.layers.to_parquet(out / "layers.parquet", index=False)
+    print(repr(found), file=sys.stderr)
+    extra = ["image_mass", "visual_sink_mass", "text_sink_mass"]
+    print_heads(found.heads, extra, top, out, as_json)
+
+
+def numbers(text: str) -> list[int]:
+    """`1415,2533` as numbers."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UserError(f"dimensions={text!r}: numbers, such as 1415,2533.") from None
 
 
 def print_heads(scores, extra: list[str], top: int, out: Path, as_json: bool) -> None:

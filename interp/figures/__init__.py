@@ -25,6 +25,7 @@ from interp.figures.maps import (
     head_maps,
     position_map,
 )
+from interp.figures.overlay import overlay
 
 __all__ = [
     "FAINT",
@@ -42,6 +43,7 @@ __all__ = [
     "head_maps",
     "histogram",
     "offset_atlas",
+    "overlay",
     "position_map",
     "profile",
     "scatter",

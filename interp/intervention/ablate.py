@@ -114,7 +114,7 @@ class Ablate(Intervention):
 
     def hooks(self, model: HookedModel) -> Iterable[Hook]:
         """One hook per layer touched. Raises `HeadError` where the model lacks a head."""
-        model.check_heads(self.heads)
+        model.check_heads(self.heads, tower=None)
         self._check_bank(model)
         place = attrgetter("tower", "layer")
         for (tower, _), heads in groupby(sorted(self.heads, key=place), key=place):

@@ -39,6 +39,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 MODULES = {
     "ACT": "interp.intervention.act",
     "Ablate": "interp.intervention.ablate",
+    "HeadModulation": "interp.intervention.head_modulation",
+    "HideTokens": "interp.intervention.hide",
     "ITI": "interp.intervention.iti",
     "LoFiT": "interp.intervention.lofit",
     "LongHeads": "interp.intervention.long_heads",
@@ -48,6 +50,10 @@ MODULES = {
     "RecycledAttention": "interp.intervention.recycled",
     "SteerAttention": "interp.intervention.steer",
     "Temperature": "interp.intervention.temperature",
+    "VAR": "interp.intervention.var",
+    "ViCrop": "interp.intervention.vicrop",
+    "VHR": "interp.intervention.vhr",
+    "VTC": "interp.intervention.vtc",
 }
 
 

@@ -3,6 +3,7 @@
 The functions bear the names of their modules and are bound here at once, as in `interp.tasks`.
 """
 
+from interp.metrics.captions import cut_alike, write_captions
 from interp.metrics.chair import Chair, chair, cut_to_recall, first_words, whole_sentences
 from interp.metrics.measured import Measured, MetricError, differences, table_of
 from interp.metrics.pope import Pope, pope, pope_questions, read_answer, read_answer_as_published
@@ -25,6 +26,7 @@ __all__ = [
     "chair",
     "coco",
     "coco_objects",
+    "cut_alike",
     "cut_to_recall",
     "differences",
     "first_words",
@@ -39,4 +41,5 @@ __all__ = [
     "scenes",
     "table_of",
     "whole_sentences",
+    "write_captions",
 ]

@@ -11,8 +11,10 @@ from interp import figures, tasks
 from interp.errors import UserError
 from interp.evaluation import METRICS, Comparison, Evaluation, compare
 from interp.model.hooked import HookedModel
+from interp.model.images import reads_images
 from interp.report.page import Figure, Section, Table
 from interp.report.plan import Plan, Texts
+from interp.report.stages import Part, Stages
 from interp.report.words import change, interval, listed, number, percent
 from interp.runs import Run
 from interp.tasks.prompts import PromptError, describe
@@ -24,11 +26,20 @@ Found = Comparison | str
 """What came of one task: a comparison, or why there is none."""
 
 
+def before_after(
+    model: HookedModel, edits: Sequence[Any], plan: Plan, texts: Texts | None, stages: Stages
+) -> Part:
+    """What interventions change; `texts` is None where the model reads none."""
+    out = stages.begin("before and after", "each task without the intervention and with it")
+    found = compare_tasks(model, edits, plan, texts, out, **stages.options)
+    return Part([before_after_section(found, edits)])
+
+
 def compare_tasks(
     model: HookedModel,
     edits: Sequence[Any],
     plan: Plan,
-    texts: Texts,
+    texts: Texts | None,
     out: Path,
     *,
     resume: bool,
@@ -48,16 +59,22 @@ def compare_tasks(
     return {name: found_in(table) for name, table in zip(names, run.tables(), strict=True)}
 
 
-def prompts_of(model: HookedModel, plan: Plan, texts: Texts) -> dict[str, Dataset]:
-    """Held-out needles, the pairs' clean prompts (other ones than circuits are found on), texts."""
-    found = {"needles": plan.held_out(model)}
-    pairs = {"indirect objects": tasks.ioi, "coloured objects": tasks.colored_objects}
-    for name, make in pairs.items() if plan.n_pairs else ():
-        try:
-            found[name] = make(model, n=plan.n_pairs, seed=plan.seed + 1)
-        except PromptError:
-            continue  # its words are no single tokens: the section on circuits says so
-    return found | {"plain texts": texts.control}
+def prompts_of(model: HookedModel, plan: Plan, texts: Texts | None) -> dict[str, Dataset]:
+    """Held-out needles, the pairs' clean prompts (other ones than circuits are found on), texts;
+    questions about pictures, others than the section on vision has."""
+    found = {}
+    if texts is not None:
+        found["needles"] = plan.held_out(model)
+        pairs = {"indirect objects": tasks.ioi, "coloured objects": tasks.colored_objects}
+        for name, make in pairs.items() if plan.n_pairs else ():
+            try:
+                found[name] = make(model, n=plan.n_pairs, seed=plan.seed + 1)
+            except PromptError:
+                continue  # its words are no single tokens: the section on circuits says so
+        found["plain texts"] = texts.control
+    if plan.n_scenes and reads_images(model):
+        found["questions about pictures"] = plan.questions(model)
+    return found
 
 
 def measured(

@@ -8,6 +8,7 @@ from interp import tasks
 from interp.errors import UserError
 from interp.heads import HeadScores
 from interp.model.hooked import HookedModel
+from interp.model.images import reads_images
 from interp.report.passages import passages
 from interp.tasks import filler
 from interp.tasks.needle import NeedleError
@@ -32,7 +33,7 @@ class Plan:
     controls. `ks`: how many heads to ablate (None: chosen from the scores). `n_texts`, `tokens`:
     texts for sinks and for the control. `data`: a text file or folder that takes the place of our
     own texts and of the haystack. `n_pairs`: pairs of prompts that circuits are found and tested on
-    (0: no circuits).
+    (0: no circuits). `n_scenes`: pictures that a model which sees any describes (0: none).
     """
 
     task: str = "needle"
@@ -46,6 +47,7 @@ class Plan:
     n_texts: int = 8
     tokens: int = 128
     n_pairs: int = 24
+    n_scenes: int = 24
     data: str | None = None
     seed: int = 0
     batch_size: int = 4
@@ -65,19 +67,29 @@ class Plan:
     @classmethod
     def quick(cls, **changes) -> "Plan":
         """A look: a minute or two for 135M parameters, and intervals to match."""
-        return cls(
-            **{"n": 15, "n_ablation": 10, "draws": 4, "n_texts": 3, "tokens": 64, "n_pairs": 8}
-            | changes
-        )
+        sizes = {"n": 15, "n_ablation": 10, "draws": 4, "n_texts": 3, "tokens": 64}
+        return cls(**sizes | {"n_pairs": 8, "n_scenes": 8} | changes)
 
     @classmethod
     def full(cls, **changes) -> "Plan":
         """For a paper: some ten times the default."""
-        return cls(**{"n": 300, "n_ablation": 100, "draws": 30, "n_pairs": 128} | changes)
+        return cls(
+            **{"n": 300, "n_ablation": 100, "draws": 30, "n_pairs": 128, "n_scenes": 200} | changes
+        )
 
     def fitted(self, model: HookedModel) -> "Plan":
-        """The plan with lengths that suit the model's tokens and context window."""
+        """The plan with lengths that suit the model's tokens and context window.
+
+        Without any for a model that sees pictures and whose tokenizer has none of our words.
+        """
         window = context_window(model) or self.tokens
+        if reads_images(model) and not (self.data or reads(model, filler.text(64, self.seed))):
+            if not self.n_scenes:
+                raise PlanError(
+                    f"n_scenes=0: pictures are all that {model.name} can be asked about; its "
+                    "tokenizer has no tokens for our texts. Give 4 or so, or texts with data=..."
+                )
+            return replace(self, lengths=None)
         lengths = self.lengths or lengths_for(model, self.seed)
         return replace(self, lengths=lengths, tokens=min(self.tokens, window))
 
@@ -94,6 +106,15 @@ class Plan:
         return tasks.needle(
             model, shortest, self.depths, n=self.n_ablation, seed=seed, haystack=self.data
         )
+
+    def scenes(self, model: HookedModel) -> Dataset:
+        """Pictures to be described."""
+        return tasks.scenes(model, self.n_scenes, self.seed, questions=("caption",))
+
+    def questions(self, model: HookedModel) -> Dataset:
+        """Questions about other pictures."""
+        asked = ("exists", "color", "count")
+        return tasks.scenes(model, 2 * self.n_scenes, self.seed + 1, questions=asked)
 
 
 @dataclass(frozen=True, eq=False)

@@ -430,6 +430,17 @@ def test_ablating_heads_is_pruning_them_under_either_name_of_the_tower(name):
             assert_close(encoder()(pixels()), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_vision_head_of_a_vision_language_model_can_be_ablated():
+    model, plain = vision.tiny("llava"), vision.build("llava")
+    inputs = pixel_inputs(model, [vision.picture(0)])
+    _output_weight(plain, layer=1)[:, 16:] = 0
+    with torch.no_grad():
+        wanted = plain.get_image_features(**inputs).pooler_output
+        with model.intervene(Ablate([Head(1, 1, "vision"), Head(1, 1)])):  # text head 1 too
+            found = model.original_model.get_image_features(**inputs).pooler_output
+    assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["mean", "uniform", "resample"])
 def test_other_ablations_of_an_encoder_act_too(how):
     with torch.no_grad():

@@ -29,6 +29,7 @@ from interp.intervention.re2 import RE2
 from interp.intervention.recycled import RecycledAttention
 from interp.intervention.steer import SteerAttention
 from interp.intervention.temperature import Temperature
+from interp.intervention.vhr import VHR
 from interp.model.hooked import HookedModel
 from tests.tiny import random_ids, words
 
@@ -84,6 +85,7 @@ ONE_BY_ONE: dict[str, Factory] = {
     "pushed at every token": lambda model, when: ITI(HEADS, *random_push(), when=when, at="all"),
     "damped sinks": lambda model, when: damped_sinks(DECODES.get(when)),
     "sinks found anew": lambda model, when: damped_sinks({"both": "running"}.get(when)),
+    "reinforced heads": lambda model, when: VHR(heads=HEADS, when=when),
     "damped others": lambda model, when: damped_sinks(DECODES.get(when), columns="random"),
 }
 BATCHED: dict[str, Factory] = ONE_BY_ONE | {
@@ -108,6 +110,7 @@ IDENTITIES: dict[str, Factory] = {
     "offsets of strength 0": lambda model, when: LoFiT(HEADS, random_vectors(), 0.0, when),
     "temperature 1": lambda model, when: Temperature(HEADS, when=when),
     "no push": lambda model, when: ITI(HEADS, *random_push(), 0.0, when),
+    "reinforced by 1": lambda model, when: VHR(1.0, heads=HEADS, when=when),
     "sinks that keep all": lambda model, when: damped_sinks(DECODES.get(when), factor=1.0),
 }
 PREPARING: dict[str, Factory] = {

@@ -72,7 +72,7 @@ def test_what_edits_the_language_model_does_not_take_the_encoder_s_heads(family)
     model = vision.tiny(family)
     for call in (
         lambda: model.check_heads([Head(0, 0), Head(1, 1, "vision")]),
-        lambda: model.intervene(interp.Ablate([Head(1, 1, "vision")])).__enter__(),
+        lambda: model.intervene(interp.Temperature([Head(1, 1, "vision")], 2.0)).__enter__(),
     ):
         with pytest.raises(HeadError, match="not of the tower 'text'.*vision:L1H1.*hook_of"):
             call()

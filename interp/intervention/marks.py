@@ -1,0 +1,106 @@
+"""Marks on a prompt's tokens, known in all passes after it: which are an image, which a sink.
+
+They are kept by the places of tokens in their own prompts, since padding, a window or a static
+cache moves columns about, not tokens. One object for each block and kind of mark. Tokens that are
+generated bear none, so rows of beams, which share their prompt, need not be followed.
+"""
+
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from interp.intervention.base import InterventionError
+from interp.intervention.later_sinks import is_whole
+from interp.model.attention import Attention
+from interp.model.call import Call
+from interp.model.hooked import HookedModel
+from interp.model.images import of_images
+
+
+class Marks:
+    """Which tokens of the prompts that are being continued bear a mark."""
+
+    def __init__(self):
+        self._by_place: Any = None  # Bool[Tensor, "batch place"]
+
+    def add(self, marked: Bool[Tensor, "batch token"], call: Call) -> None:
+        """Take down the marks of a pass with tokens of the prompt; a whole pass begins anew.
+
+        Raises `InterventionError` where the pass goes on from one that was not seen.
+        """
+        size = call.real_keys.shape[1]
+        there = (marked & call.rows("prompt")).long()
+        new = there.new_zeros(len(there), size).scatter_add(1, call.positions, there) > 0
+        if not is_whole(call):
+            self.check_goes_on(call)
+            new = new | pad(self._by_place, (0, size - self._by_place.shape[1]))
+        self._by_place = new
+
+    def at_keys(self, attention: Attention) -> Bool[Tensor, "batch key"]:
+        """Which keys bear it."""
+        marks = self._by_place.to(attention.q.device)
+        places, size = attention.key_positions, marks.shape[1]
+        found = marks.gather(1, places.clamp_max(size - 1))
+        return found & (places < size) & attention.real_keys
+
+    def at_tokens(self, call: Call) -> Bool[Tensor, "batch token"]:
+        """Which tokens of this pass bear it."""
+        marks, places = self._by_place, call.positions
+        found = marks.gather(1, places.clamp_max(marks.shape[1] - 1))
+        return found & (places < marks.shape[1]) & call.real
+
+    def check_goes_on(self, call: Call) -> None:
+        """Raises `InterventionError` unless the prompt of these rows was read before."""
+        had = self._by_place
+        if had is None or len(had) != len(call.real_keys):
+            what = "no prompt was" if had is None else f"{len(had)} rows were"
+            raise InterventionError(
+                f"this pass of {len(call.real_keys)} rows goes on from a cache, and {what} read "
+                "in this block; read the prompt in it too."
+            )
+
+
+class ImageMarks(Marks):
+    """Which tokens stand for an image; looked up once a pass, by whichever layer comes first."""
+
+    def __init__(self, model: HookedModel):
+        super().__init__()
+        self.model = model
+        self._call: Call | None = None
+        self._at_keys: dict[int, Tensor] = {}
+
+    def see(self, call: Call) -> None:
+        """Take down this pass's tokens, unless that was done.
+
+        Raises `InterventionError` where it was given embeddings in place of tokens.
+        """
+        if call is self._call:
+            return
+        if goes_on_writing(call):
+            self.check_goes_on(call)
+        elif call.input_ids is None:
+            raise InterventionError(
+                "this pass was given embeddings, which do not tell which of them are an image; "
+                "give input_ids."
+            )
+        else:
+            self.add(of_images(self.model, call.input_ids), call)
+        self._call, self._at_keys = call, {}
+
+    def at_keys(self, attention: Attention) -> Bool[Tensor, "batch key"]:
+        """As `Marks.at_keys`, found once for all layers with as many keys."""
+        if attention.n_keys not in self._at_keys:
+            self._at_keys[attention.n_keys] = super().at_keys(attention)
+        return self._at_keys[attention.n_keys].to(attention.q.device)
+
+
+def goes_on_writing(call: Call) -> bool:
+    """Are all tokens of this pass generated, the prompt in the cache?"""
+    return call.step > 0 and not is_whole(call)
+
+
+def columns_of(rows: Bool[Tensor, "batch query"]) -> Int[Tensor, " columns"]:
+    """The queries that any prompt of the batch wants."""
+    return rows.any(0).nonzero().squeeze(1)
