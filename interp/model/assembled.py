@@ -92,6 +92,7 @@ def save_ours(model: LlavaForConditionalGeneration, folder: Path, language_model
     ours = {name: state[name].half().contiguous() for name in state if name.startswith(OURS)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(ours, folder / WEIGHTS, metadata={"format": "pt"})
+    model.config.text_config._name_or_path = ""  # it would be a path of this machine
     model.config.save_pretrained(folder)
     about = {"format": "interp.assembly", "version": 1, "language_model": language_model}
     (folder / ASSEMBLY).write_text(json.dumps(about, indent=1) + "\n")

@@ -124,8 +124,9 @@ def test_its_folder_is_loaded_as_its_name_is(folders):
 
 
 def test_its_own_weights_are_all_that_is_saved(folders):
-    _, ours = folders
+    behind, ours = folders
     names = {file.name for file in ours.iterdir()}
+    assert str(behind) not in (ours / "config.json").read_text()
     assert names == {
         "assembly.json", "config.json", "preprocessor_config.json", "vision.safetensors",
     }  # fmt: skip
