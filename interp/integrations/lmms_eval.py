@@ -7,10 +7,11 @@
 lmms-eval 0.7.3 declares torchvision, opencv, a pinned wandb and more, none of which this needs. It
 installs beside what is here with
 
-    pip install 'interp[harness]'        # lm-evaluation-harness brings most of the rest
-    pip install --no-deps lmms_eval==0.7.3 loguru jsonlines openpyxl et_xmlfile tenacity 'filelock<4'
+    pip install 'interp[harness]' # lm-evaluation-harness brings most of the rest
+    pip install --no-deps lmms_eval==0.7.3 loguru jsonlines openpyxl et_xmlfile tenacity
+    pip install 'filelock<4'
 
-(it reaches into a private module that filelock 4 no longer has; so best in an environment of its
+(of filelock it reaches into a private module that 4 no longer has; so best in an environment of its
 own). The entry point makes the name known.
 
 A document's images are put before its question, as in `interp.tasks.scenes`, in the chat template

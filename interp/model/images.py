@@ -126,10 +126,13 @@ def pixel_inputs(model, images: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def image_counts(model, images: Sequence[Any]) -> list[int]:
-    """How many image tokens each of these images takes up in a prompt."""
+    """How many image tokens each of these images takes up in a prompt, under what is applied."""
     pictures = [as_rgb(image, f"image {n}") for n, image in enumerate(images)]
     of_size = {picture.size: picture for picture in pictures}  # the same for all of one size
     counts = {size: _count(model, picture) for size, picture in of_size.items()}
+    for one in getattr(model, "applied", ()):
+        if hasattr(one, "image_tokens"):  # it prunes them (VTC)
+            counts = {size: one.image_tokens(n) for size, n in counts.items()}
     return [counts[picture.size] for picture in pictures]
 
 
