@@ -37,7 +37,7 @@ from interp.provenance import digest_rows
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 GRAM = 4
 
-Captions = Mapping[Any, Any] | Sequence[Any]
+Captions = Mapping[Any, Any] | Sequence[Any] | pd.Series | pd.DataFrame
 Objects = Mapping[Any, Iterable[str]] | Sequence[Iterable[str]]
 
 

@@ -10,6 +10,7 @@ family of models. Each prompt of the trials has 3 tokens or more, and the spans 
 - `INTERVENTIONS`: these, and those that look at the whole batch. What is left out of a table says
   in its docstring why it cannot be in it.
 - `PREPARING`: those that change what goes in and attach no hooks.
+- `SEEING`: those that want images.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from torch.nn.functional import normalize
 from interp.intervention.ablate import Ablate
 from interp.intervention.act import ACT
 from interp.intervention.base import Intervention
+from interp.intervention.head_modulation import HeadModulation
+from interp.intervention.hide import HideTokens
 from interp.intervention.iti import ITI
 from interp.intervention.lofit import LoFiT
 from interp.intervention.long_heads import LongHeads
@@ -29,7 +32,10 @@ from interp.intervention.re2 import RE2
 from interp.intervention.recycled import RecycledAttention
 from interp.intervention.steer import SteerAttention
 from interp.intervention.temperature import Temperature
+from interp.intervention.var import VAR
 from interp.intervention.vhr import VHR
+from interp.intervention.vicrop import ViCrop
+from interp.intervention.vtc import VTC
 from interp.model.hooked import HookedModel
 from tests.tiny import random_ids, words
 
@@ -115,4 +121,17 @@ IDENTITIES: dict[str, Factory] = {
 }
 PREPARING: dict[str, Factory] = {
     "read twice": lambda model, when: RE2(cue=" w7 w8 ") if when == "prompt" else None,
+}
+# For a model that sees images, tiny and random; HideTokens takes a span of the prompts' own.
+SEEING: dict[str, Factory] = {
+    "reinforced heads": lambda model, when: VHR(3.0, layers=(0, 1), when=when),
+    "redistributed sinks": lambda model, when: VAR(
+        (3, 16, 19), 1.6, 0.3, layers=":", require_visual_sink=False, when=when
+    ),
+    "modulated heads": lambda model, when: HeadModulation(layers=(0, None), when=when),
+    "hidden tokens": lambda model, when: HideTokens("text", when=when),
+    "fewer patches": lambda model, when: VTC(2, score="least") if when == "both" else None,
+    "a closer look": lambda model, when: (
+        ViCrop(side=20, general="w30 w31") if when == "both" else None
+    ),
 }

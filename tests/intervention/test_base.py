@@ -17,7 +17,8 @@ from interp.evaluation import EvaluationError
 from interp.intervention import base
 from interp.intervention.base import MODULES, Hook, Intervention, InterventionError
 from interp.intervention.made_on import MadeOn
-from tests.intervention.conformance import INTERVENTIONS, PREPARING, WHENS
+from tests.intervention.conformance import INTERVENTIONS, PREPARING, SEEING, WHENS
+from tests.model import vision_families as vision
 from tests.tiny import fresh, random_ids, tiny, unchecked, with_answers, words
 
 HEADS = ["L0H1", "L1H2"]
@@ -109,6 +110,7 @@ def test_a_dict_is_what_it_holds_in_any_order():
 def test_every_type_that_can_be_loaded_is_put_through_the_trials():
     factories = [*INTERVENTIONS.values(), *PREPARING.values()]
     made = [make(tiny("llama"), when) for make in factories for when in WHENS]
+    made += [make(vision.tiny("llava"), when) for make in SEEING.values() for when in WHENS]
     assert {type(edit).__name__ for edit in made if edit is not None} == set(MODULES)
 
 
