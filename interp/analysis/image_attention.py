@@ -31,6 +31,7 @@ from interp.errors import UserError
 from interp.evaluation import answer_rows, written_by
 from interp.heads import HeadScores
 from interp.model.attention import Attention
+from interp.model.call import at_places
 from interp.model.hooked import HookedModel
 from interp.model.images import ImageError, image_token, images_of, listed
 from interp.tasks.prompts import as_prompts, describe, spans_of
@@ -212,9 +213,8 @@ class _Look:
             self.prompt[layer] = self._in_prompt(attention, image).cpu()
 
     def _at_keys(self, attention: Attention) -> Bool[Tensor, "batch key"]:
-        image, places = self.image.to(attention.q.device), attention.key_positions
-        found = image.gather(1, places.clamp_max(image.shape[1] - 1))
-        return found & (places < image.shape[1]) & attention.real_keys
+        image = self.image.to(attention.q.device)
+        return at_places(image, attention.key_positions, attention.real_keys)
 
     def _in_prompt(
         self, attention: Attention, image: Bool[Tensor, "batch key"]

@@ -101,6 +101,10 @@ class Intervention(ABC):
         """
         return prompt
 
+    def image_tokens(self, n: int) -> int:
+        """How many tokens are left of an image that takes up `n`; `prepare` gives such prompts."""
+        return n
+
     def check_model(self, model: HookedModel) -> None:
         """Raises `InterventionError` where it was made on another kind of model, or holds NaN."""
         if self.made_on is not None and (differences := self.made_on.differences(MadeOn.of(model))):

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from interp.intervention.base import Hook, InterventionError
 from interp.model.attention import Attention
+from interp.model.call import at_places
 from interp.model.class_rows import (
     EncoderRows,
     Row,
@@ -99,9 +100,7 @@ class ImageStrengths:
                 f"HeadModulation: this pass of {len(places)} rows goes on from a cache, and {had} "
                 "read in this block; read the prompt in it too."
             )
-        known = known.to(places.device)
-        at_keys = known.gather(1, places.clamp_max(known.shape[1] - 1))
-        return at_keys * ((places < known.shape[1]) & attention.real_keys)
+        return at_places(known.to(places.device), places, attention.real_keys)
 
     def _row(self) -> Row:
         if self.rule.tokens == "random":

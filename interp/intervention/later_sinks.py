@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from interp.intervention.base import InterventionError
 from interp.model.attention import Attention
-from interp.model.call import Call
+from interp.model.call import Call, at_places
 from interp.model.edits import Block
 
 Spare = Literal["first_over_threshold", "bos"]
@@ -289,10 +289,7 @@ def at_columns(
     by_place: Bool[Tensor, "batch heads row place"], attention: Attention
 ) -> Bool[Tensor, "batch heads row key"]:
     """The way back; False for tokens that came later."""
-    places, size = attention.key_positions[:, None, None], by_place.shape[3]
-    index = places.clamp_max(size - 1).expand(*by_place.shape[:3], -1)
-    known = (places < size) & attention.real_keys[:, None, None]
-    return by_place.gather(3, index) & known
+    return at_places(by_place, attention.key_positions, attention.real_keys)
 
 
 def trace_of(attention: Attention, call: Call) -> Float[Tensor, "batch key traced"]:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from interp.intervention.base import InterventionError
 from interp.intervention.later_sinks import is_whole
 from interp.model.attention import Attention
-from interp.model.call import Call
+from interp.model.call import Call, at_places
 from interp.model.hooked import HookedModel
 from interp.model.images import of_images
 
@@ -41,15 +41,11 @@ class Marks:
     def at_keys(self, attention: Attention) -> Bool[Tensor, "batch key"]:
         """Which keys bear it."""
         marks = self._by_place.to(attention.q.device)
-        places, size = attention.key_positions, marks.shape[1]
-        found = marks.gather(1, places.clamp_max(size - 1))
-        return found & (places < size) & attention.real_keys
+        return at_places(marks, attention.key_positions, attention.real_keys)
 
     def at_tokens(self, call: Call) -> Bool[Tensor, "batch token"]:
         """Which tokens of this pass bear it."""
-        marks, places = self._by_place, call.positions
-        found = marks.gather(1, places.clamp_max(marks.shape[1] - 1))
-        return found & (places < marks.shape[1]) & call.real
+        return at_places(self._by_place, call.positions, call.real)
 
     def check_goes_on(self, call: Call) -> None:
         """Raises `InterventionError` unless the prompt of these rows was read before."""

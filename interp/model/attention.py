@@ -12,7 +12,7 @@ Edits return a new `Attention` and compose: logit edits first, weight edits afte
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from math import isqrt
 
@@ -326,6 +326,11 @@ class Attention:
         return self._edited(SetRows(weights, self._rows(rows), flags))
 
     # How it is computed.
+
+    def differs_in_edits_only(self, other: "Attention") -> bool:
+        """Is all but the edits the same?"""
+        names = (fact.name for fact in fields(Attention) if fact.name != "edits")
+        return all(getattr(self, name) is getattr(other, name) for name in names)
 
     @property
     def _turning(self) -> Rotary:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 Phase = Literal["prompt", "generated"]
@@ -140,6 +140,22 @@ class Running:
         if in_prompt and n_keys - past > 1:
             return n_keys  # several tokens at once, right after the prompt's: its next chunk
         return before.prompt_width if goes_on else past
+
+
+def at_places(
+    known: Shaped[Tensor, "batch *of place"],
+    places: Int[Tensor, "batch token"],
+    real: Bool[Tensor, "batch token"],
+) -> Shaped[Tensor, "batch *of token"]:
+    """What is known by the places of tokens in their prompts, for these tokens.
+
+    False or 0 for padding, and for tokens that came later. (Padding, a window or a static cache
+    moves columns about, not places.)
+    """
+    places, real = places.to(known.device), real.to(known.device)
+    size, axes = known.shape[-1], (slice(None), *[None] * (known.dim() - 2))
+    index = places[axes].clamp_max(size - 1).expand(*known.shape[:-1], -1)
+    return known.gather(-1, index) * ((places < size) & real)[axes]
 
 
 def _real_keys(tokens: Tensor, past: int, mask: Tensor | None) -> Bool[Tensor, "batch key"]:

@@ -72,8 +72,7 @@ class Damped(Attention):
 
     def output(self) -> Float[Tensor, "batch head query d_value"]:
         """z, as `Attention.output`."""
-        same = (f.name for f in fields(Attention) if f.name != "edits")
-        if len(self.edits) > 1 or any(getattr(self, n) is not getattr(self.base, n) for n in same):
+        if len(self.edits) > 1 or not self.differs_in_edits_only(self.base):
             return super().output()
         unedited = self.base.output()
         edited, too_close = self._closed_form(unedited[:, self.heads])

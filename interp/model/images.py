@@ -131,8 +131,8 @@ def image_counts(model, images: Sequence[Any]) -> list[int]:
     of_size = {picture.size: picture for picture in pictures}  # the same for all of one size
     counts = {size: _count(model, picture) for size, picture in of_size.items()}
     for one in getattr(model, "applied", ()):
-        if hasattr(one, "image_tokens"):  # it prunes them (VTC)
-            counts = {size: one.image_tokens(n) for size, n in counts.items()}
+        left = getattr(one, "image_tokens", None)  # an intervention of a user's own may lack it
+        counts = {size: left(n) if left else n for size, n in counts.items()}
     return [counts[picture.size] for picture in pictures]
 
 

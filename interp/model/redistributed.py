@@ -48,9 +48,8 @@ class Redistributed(Attention):
 
     def output(self) -> Float[Tensor, "batch head query d_value"]:
         """z, as `Attention.output`."""
-        same = (f.name for f in fields(Attention) if f.name != "edits")
         more = len(self.edits) > len(self.base.edits) + 1
-        if more or any(getattr(self, n) is not getattr(self.base, n) for n in same):
+        if more or not self.differs_in_edits_only(self.base):
             return super().output()
         z = self.base.output()
         before = z[:, :, self.queries]

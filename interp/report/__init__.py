@@ -6,7 +6,8 @@ interventions what they change, task by task.
     from interp import report
     report.write(model, "report/")
 
-Every stage keeps its results in a folder of its own, so a report that was killed goes on.
+Every stage that takes long keeps its results in a folder of its own, so a report that was killed
+goes on.
 """
 
 import json

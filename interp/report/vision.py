@@ -263,7 +263,7 @@ def heads_table(seen: Seen) -> Table:
             "on the picture": [percent(looked[head]["score"]) for head in top],
         }
     )
-    rank = heads.table["score"].corr(looked.table["score"], method="spearman")
+    rank = heads.correlation(looked)
     how = f"Over all heads the two measures agree with a rank correlation of {number(rank)}."
     return Table("vision-heads", f"The {len(top)} heads that move most", heads.table, shown, how)
 
