@@ -36,6 +36,7 @@ from interp.evaluation import Comparison, metric_values
 from interp.heads import Head, heads_of
 from interp.intervention.act import ACT, N_LAST, middle_heads
 from interp.model.hooked import HookedModel
+from telling import finish, keep, show, shown
 
 LEVEL = 0.05  # false discovery rate of heads beyond chance
 SHOWN = 32  # prompts whose sinks are looked at
@@ -82,14 +83,20 @@ def main() -> None:
         interp.evaluate(model, test, progress=False).summary().assign(task=name)
         for name, (_, test) in tasks.items()
     ]
-    keep(pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]], args, "before")
+    keep(
+        pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]],
+        args.out / "before.parquet",
+    )
 
     show(f"2. Later sinks of the model as it is, {SHOWN} prompts of each task")
     sinks = {name: sinks_of(model, chosen, candidates) for name, (chosen, _) in tasks.items()}
     every = pd.concat([table.assign(task=name) for name, table in sinks.items()])
     every.to_parquet(args.out / "sinks.parquet", index=False)
     n_cells = min(SHOWN, args.n_screen) * len(heads)
-    keep(pd.DataFrame([about(t, name, n_cells) for name, t in sinks.items()]), args, "sinks-short")
+    keep(
+        pd.DataFrame([about(t, name, n_cells) for name, t in sinks.items()]),
+        args.out / "sinks-short.parquet",
+    )
 
     show("3. The screen: one head at a time")
     screens = {
@@ -105,7 +112,7 @@ def main() -> None:
             figure = screen.scores(metric).plot(mark=screen.accepted(Acceptance(metric)))
             figure.write_html(args.out / f"screen-{name}-{metric}.html")
     agreement = [agreed(name, screen, args.seed) for name, screen in screens.items()]
-    keep(pd.DataFrame(agreement), args, "halves")
+    keep(pd.DataFrame(agreement), args.out / "halves.parquet")
 
     show("4. On other prompts: gains (positive is better) beside the model as it is")
     tables = []
@@ -114,14 +121,11 @@ def main() -> None:
         if table is not None:
             tables.append(table.assign(task=name))
     if tables:
-        keep(pd.concat(tables, ignore_index=True), args, "gains")
+        keep(pd.concat(tables, ignore_index=True), args.out / "gains.parquet")
 
-    show("In short")
     found = [*map(said_of_sinks, sinks, sinks.values()), *map(said_of_halves, agreement)]
     found += [line for name in tasks for line in said_of_gains(name, tables)]
-    print("\n".join(f"- {line}" for line in found))
-    (args.out / "findings.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(found, args.out)
 
 
 def two_draws(model: HookedModel, name: str, args) -> tuple[Dataset, Dataset]:
@@ -326,20 +330,6 @@ def said_of_gains(name: str, tables: list[pd.DataFrame]) -> Iterator[str]:
             f"{ours['high']:+.3f}] with {ours['heads']:.0f} heads on other prompts, "
             f"{by.loc['where chosen', 'gain']:+.3f} on those that chose them; {'; '.join(beside)}"
         )
-
-
-def keep(table: pd.DataFrame, args, name: str) -> None:
-    """Print a table and save it."""
-    print(shown(table), flush=True)
-    table.to_parquet(args.out / f"{name}.parquet", index=False)
-
-
-def shown(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
 
 
 def names(text: str) -> list[str]:

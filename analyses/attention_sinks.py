@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import interp
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import from_examples
+from telling import keep, show
 
 WINDOW = 64  # tokens: rates fall with length, and Gu et al. use 64
 
@@ -120,16 +121,6 @@ def rates_of(name: str, sinks) -> dict:
         "strongest later": later["received"].max(),
         "prompts": len(sinks.received),
     }
-
-
-def keep(table: pd.DataFrame, path: Path) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(path)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

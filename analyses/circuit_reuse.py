@@ -31,6 +31,7 @@ from interp.analysis.circuits.keeping import circuit_faithfulness
 from interp.heads import Head
 from interp.model.hooked import HookedModel
 from interp.tasks.repeats import ordinary_tokens
+from telling import keep, show
 
 UNSEEN = 1000  # the seeds of prompts that choose nothing begin here
 
@@ -48,11 +49,17 @@ def main() -> None:
     show("1. Accuracy (over the whole vocabulary), and logit difference of right and wrong")
     done = {name: interp.evaluate(model, data, progress=False) for name, data in pairs.items()}
     rows = [e.summary().assign(task=name) for name, e in done.items()]
-    keep(pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]], args, "accuracy")
+    keep(
+        pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]],
+        args.out / "accuracy.parquet",
+    )
 
     show("2. Circuits")
     circuits = {name: circuit_of(model, name, data, args) for name, data in pairs.items()}
-    keep(pd.DataFrame([summary(name, c) for name, c in circuits.items()]), args, "circuits")
+    keep(
+        pd.DataFrame([summary(name, c) for name, c in circuits.items()]),
+        args.out / "circuits.parquet",
+    )
     for name, circuit in circuits.items():
         print(f"{name}: {', '.join(map(str, circuit.members))}")
         circuit.plot().write_html(args.out / f"curve-{name}.html")
@@ -61,17 +68,19 @@ def main() -> None:
     overlap = interp.circuit_overlap(
         circuits["ioi"], circuits["colored"], beside={"repeats": circuits["repeats"]}
     )
-    keep(overlap.table.drop(columns=["expected_uniform", "p_uniform"]), args, "overlap")
+    keep(
+        overlap.table.drop(columns=["expected_uniform", "p_uniform"]), args.out / "overlap.parquet"
+    )
     overlap.plot().write_html(args.out / "overlap.html")
 
     show("4. Each task run with each circuit: share of the task (KL where so scored)")
-    keep(crossed(model, pairs, circuits, args.seed), args, "cross-task")
+    keep(crossed(model, pairs, circuits, args.seed), args.out / "cross-task.parquet")
 
     show("5. Roles, from behaviour on IOI")
     roles = interp.head_roles(model, pairs["ioi"], progress=False)
     print(roles)
     named = roles.table[roles.table["role"] != "none"]
-    keep(named, args, "roles", shown=12)
+    keep(named, args.out / "roles.parquet", most=12)
     roles.plot().write_html(args.out / "roles.html")
 
     show("6. The repair, on prompts that chose nothing")
@@ -79,8 +88,8 @@ def main() -> None:
     print("heads:", ", ".join(map(str, heads)))
     fresh = tasks.colored_objects(model, n=args.n_repair, seed=UNSEEN + args.seed, form=args.form)
     comparison = interp.compare(model, fresh, conditions(model, heads, args), progress=False)
-    keep(comparison.table[comparison.table["metric"] != "loss"], args, "repair")
-    keep(comparison.differences.query("metric != 'loss'"), args, "repair-differences")
+    keep(comparison.table[comparison.table["metric"] != "loss"], args.out / "repair.parquet")
+    keep(comparison.differences.query("metric != 'loss'"), args.out / "repair-differences.parquet")
     comparison.plot().write_html(args.out / "repair.html")
     print(f"\ntables and figures: {args.out}")
 
@@ -172,16 +181,6 @@ def conditions(model: HookedModel, heads: list[Head], args) -> dict:
     for n, others in enumerate(drawn):
         found[f"random heads {n}"] = steer(others, "wrong_*")
     return found
-
-
-def keep(table: pd.DataFrame, args, name: str, shown: int = 40) -> None:
-    """Print a table and save it."""
-    print(table.head(shown).to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(args.out / f"{name}.parquet", index=False)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -34,6 +34,7 @@ from interp.intervention.vhr import VHR
 from interp.metrics import Chair, Measured, MetricError, Pope
 from interp.model.hooked import HookedModel
 from interp.tasks.scenes import NEGATIVES
+from telling import finish, keep, show
 
 CHAIR = ("chair_s", "chair_i", "chair_i_set", "recall", "words", "distinct")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -64,11 +65,7 @@ def main() -> None:
         said += [f"{bias}, POPE: {s}" for s in changes_said(answers, POPE)]
     for name, parts in tables.items():
         pd.concat(parts, ignore_index=True).to_parquet(args.out / f"{name}.parquet")
-    show("What the numbers say")
-    for sentence in said:
-        print(f"- {sentence}")
-    (args.out / "findings.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(said, args.out)
 
 
 # 1. Heads
@@ -314,16 +311,6 @@ def interval(row, sign: str = "") -> str:
 
 def folder(name: str) -> str:
     return re.sub(r"\W+", "-", name)
-
-
-def keep(table: pd.DataFrame, path: Path) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(path)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

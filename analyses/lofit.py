@@ -54,6 +54,7 @@ from interp.model.hooked import HookedModel
 from interp.runs import Run
 from interp.tasks.multiple_choice import examples as letter_examples
 from interp.tasks.prompts import from_examples
+from telling import finish, keep, show
 
 STRENGTHS = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0)  # of ITI
 SCALES = (-1.0, 0.0, 0.5, 1.0, 1.5)  # of learned offsets
@@ -72,7 +73,10 @@ def main() -> None:
         name: interp.evaluate(model, part.test, progress=False) for name, part in tasks.items()
     }
     rows = [e.summary().assign(task=name) for name, e in before.items()]
-    keep(pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]], args, "before")
+    keep(
+        pd.concat(rows)[["task", "metric", "value", "low", "high", "n"]],
+        args.out / "before.parquet",
+    )
 
     show("2. Heads of one task, offsets of another (accuracy on test prompts)")
     tuning = tuning_of(args, best_rate(model, tasks, args))
@@ -84,12 +88,15 @@ def main() -> None:
     transfer.table.to_parquet(args.out / "transfer.parquet", index=False)
     chosen_heads(transfer).to_parquet(args.out / "heads.parquet", index=False)
     transfer.plot().write_html(args.out / "transfer.html")
-    keep(transfer.differences.query("metric == 'accuracy'"), args, "transfer-differences")
+    keep(
+        transfer.differences.query("metric == 'accuracy'"),
+        args.out / "transfer-differences.parquet",
+    )
 
     show("3. Beside other ways")
     others = other_ways(model, tasks, transfer, tuning, args)
     methods = compared(transfer, others, model.cfg.d_head)
-    keep(methods, args, "methods")
+    keep(methods, args.out / "methods.parquet")
     figure = interp.figures.conditions(
         methods.assign(metric=methods["task"]).rename(columns={"method": "condition"})
     )
@@ -97,7 +104,7 @@ def main() -> None:
 
     show("4. Strength of the offsets")
     sweep = pd.concat(swept(model, tasks, args), ignore_index=True).query("metric == 'accuracy'")
-    keep(sweep, args, "strengths")
+    keep(sweep, args.out / "strengths.parquet")
     figure = interp.figures.profile(
         sweep["strength"], sweep["value"], low=sweep["low"], high=sweep["high"],
         series=sweep["task"], x_title="strength", y_title="accuracy",
@@ -107,12 +114,9 @@ def main() -> None:
     show("5. Folded")
     last = folded(model, tasks, args)
 
-    show("In short")
     n_all = len(model.attention_layers) * model.cfg.n_heads
     found = [*said_of(methods), *said_of_transfer(transfer), said_of_heads(transfer, n_all), last]
-    print("\n".join(f"- {line}" for line in found))
-    (args.out / "findings.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(found, args.out)
 
 
 # Tasks
@@ -203,7 +207,7 @@ def best_rate(model: HookedModel, tasks: dict[str, Parts], args) -> float:
             loss = loss_under(model, edit, part.validation)
             rows.append({"task": name, "rate": lr, "loss": loss})
     table = pd.DataFrame(rows)
-    keep(table, args, "rates")
+    keep(table, args.out / "rates.parquet")
     best = table.groupby("rate")["loss"].mean().idxmin()
     print(f"rate {best:g}", flush=True)
     return float(best)
@@ -472,16 +476,6 @@ def said_of_heads(transfer: HeadTransfer, n_all: int) -> str:
         f"{k} of {n_all} heads; in common: {'; '.join(means) or 'nothing to compare'}; by chance "
         f"{k * k / n_all:.1f}"
     )
-
-
-def keep(table: pd.DataFrame, args, name: str) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"), flush=True)
-    table.to_parquet(args.out / f"{name}.parquet", index=False)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
 
 
 def arguments() -> argparse.Namespace:

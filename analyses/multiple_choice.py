@@ -40,6 +40,7 @@ from interp.intervention.low_rank import LowRank
 from interp.intervention.subspaces import ENDS, LABELS
 from interp.model.hooked import HookedModel
 from interp.tasks.prompts import PromptError
+from telling import finish, keep, show
 
 RANKS = range(9)
 KEPT = 0.95  # of the accuracy: as good as all dimensions
@@ -119,11 +120,7 @@ def main() -> None:
         show("7. These heads ablated, and as many others")
         found += ablated(model, letters, direct, heads, test, args)
 
-    show("What the numbers say")
-    for sentence in found:
-        print(f"- {sentence}")
-    (args.out / "findings.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(found, args.out)
 
 
 # 1. Ability
@@ -448,16 +445,6 @@ def count(n: int, word: str) -> str:
 
 def short(number: float) -> str:
     return f"{number:.3f}"
-
-
-def keep(table: pd.DataFrame, path: Path) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=short))
-    table.to_parquet(path)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

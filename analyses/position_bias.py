@@ -27,6 +27,7 @@ from interp import figures
 from interp.analysis.position_bias import PositionBias, position_bias, resampled
 from interp.model.hooked import HookedModel
 from interp.tasks.documents import FOUND, HEADING
+from telling import finish, show
 
 CONDITIONS = {
     "as it is": [],
@@ -69,11 +70,7 @@ def main() -> None:
             said.append(f"{task}: {letters_said(found, prompts)}")
     for name, tables in parts.items():
         pd.concat(tables, ignore_index=True).to_parquet(args.out / f"{name}.parquet")
-    show("What the numbers say")
-    for sentence in said:
-        print(f"- {sentence}")
-    (args.out / "findings.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(said, args.out)
 
 
 # Prompts
@@ -213,10 +210,6 @@ def wide(tables: list[pd.DataFrame], task: str) -> str:
         shown = shown.reindex(rows["condition"].unique())
         parts.append(f"\n{metric}\n{shown.to_string(float_format=lambda x: f'{x:.3f}')}")
     return "\n".join(parts)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

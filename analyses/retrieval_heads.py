@@ -20,6 +20,7 @@ import interp
 from interp.analysis.causality import ablation_control
 from interp.analysis.retrieval import FORMS
 from interp.heads import HeadScores
+from telling import keep, show
 
 
 def main() -> None:
@@ -94,16 +95,6 @@ def overlap_of(scores: HeadScores, other: HeadScores) -> str:
     """How many of the top 10 are shared, and how many would be by chance within layers."""
     found = scores.overlap(other, k=10, match="layer")
     return f"{len(found.shared)} (chance {found.expected:.1f}, p = {found.p_value:.3f})"
-
-
-def keep(table: pd.DataFrame, path: Path) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(path)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

@@ -26,6 +26,7 @@ from interp.analysis.causality import AblationControl, ablation_control
 from interp.analysis.image_attention import image_attention
 from interp.heads import HeadScores
 from interp.model.hooked import HookedModel
+from telling import finish, keep, show
 
 NAMES = {
     "retrieval": "retrieval score",
@@ -78,11 +79,7 @@ def main() -> None:
         said += ablation_said(heads, task, control)
     keep(pd.concat(ranks, ignore_index=True), args.out / "ablations.parquet")
 
-    show("What the numbers say")
-    for sentence in said:
-        print(f"- {sentence}")
-    (args.out / "findings.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
+    finish(said, args.out)
 
 
 # Scores
@@ -201,16 +198,6 @@ def ablation_said(heads: str, task: str, control: AblationControl) -> list[str]:
         f"to {row.gap_high:+.2f}), p = {row.p_value:.2f}"
         for row in rows.itertuples()
     ]
-
-
-def keep(table: pd.DataFrame, path: Path) -> None:
-    """Print a table and save it."""
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(path)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n")
 
 
 def arguments() -> argparse.Namespace:

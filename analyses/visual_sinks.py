@@ -36,6 +36,7 @@ from interp.model.hooked import HookedModel
 from interp.model.image_grid import Grid, grid_of
 from interp.model.images import images_of
 from interp.tasks.prompts import from_examples, spans_of
+from telling import finish, keep, show
 
 QUESTIONS = ("exists", "color", "count")
 
@@ -52,8 +53,8 @@ def main() -> None:
     show("1. Which tokens of the image are sinks?")
     found = visual_sinks(model, questions, batch_size=args.batch_size, out=args.out / "sinks")
     if found.candidates is not None:
-        keep(found.candidates.table.head(8), args, "dimensions")
-    keep(found.layers, args, "layers")
+        keep(found.candidates.table.head(8), args.out / "dimensions.parquet")
+    keep(found.layers, args.out / "layers.parquet")
     found.tokens.to_parquet(args.out / "tokens.parquet", index=False)
     found.plot().write_html(args.out / "phi.html")
     found.heads.plot(title="Share of image-centric rows").write_html(args.out / "heads.html")
@@ -81,7 +82,7 @@ def main() -> None:
         said += compared(model, parts, args, "var")
     else:
         said.append("VAR: there are no sink dimensions, so there is nothing that it could move")
-    finish(said, args)
+    finish(said, args.out)
 
 
 # 1. What is there
@@ -256,23 +257,6 @@ def sentence(condition: str, changes: pd.DataFrame) -> str:
 
 
 # Keeping
-
-
-def keep(table: pd.DataFrame, args, name: str) -> None:
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(args.out / f"{name}.parquet", index=False)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
-
-
-def finish(said: list[str], args) -> None:
-    show("What the numbers say")
-    for one in said:
-        print(f"- {one}")
-    (args.out / "findings.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
 
 
 def arguments() -> argparse.Namespace:

@@ -37,6 +37,7 @@ from interp.evaluation import Comparison, Evaluation
 from interp.heads import Head, HeadScores
 from interp.model.hooked import HookedModel
 from interp.model.pictures import Pictures
+from telling import keep, show, shown
 
 WHERE = ["mean_hop", "near", "on_special", "key_share", "spread"]
 
@@ -51,7 +52,7 @@ def main() -> None:
     show("1. Accuracy")
     read = {"validation": chosen_on, "test": tested_on}
     done = {name: classify(model, images, progress=False) for name, images in read.items()}
-    keep(Comparison(done).table, args, "accuracy")
+    keep(Comparison(done).table, args.out / "accuracy.parquet")
 
     show("2. Importance (validation images)")
     pruned = prune_heads(model, chosen_on, batch_size=32, progress=False)
@@ -59,16 +60,16 @@ def main() -> None:
     scores = interp.vit_heads(model, chosen_on, score=args.score, batch_size=32, progress=False)
     scores.save(args.out / "heads.parquet")
     columns = ["layer", "head", *pruned.measures, "changed", "layer_drop", "mean_hop", "kind"]
-    keep(scores.table.sort_values("score", ascending=False)[columns], args, "heads", shown=10)
+    print(shown(scores.table.sort_values("score", ascending=False)[columns].head(10)))
     print("\nSpearman between measures, all heads / mean of layers:")
-    keep(agreement(pruned), args, "agreement")
+    keep(agreement(pruned), args.out / "agreement.parquet")
     print("\nSpearman of two halves of the images, and of pruning to zero and to the mean:")
-    keep(stability(pruned, mean), args, "stability")
+    keep(stability(pruned, mean), args.out / "stability.parquet")
     scores.plot(mark=scores.top(args.ks[-1])).write_html(args.out / "heads.html")
 
     show("3. Pruning the most and the least important (test images)")
     comparison, ranks = pruning(model, scores, tested_on, args)
-    keep(ranks, args, "pruning", shown=99)
+    keep(ranks, args.out / "pruning.parquet", most=99)
     comparison.plot().write_html(args.out / "pruning.html")
 
     show("4. Heads pruned one after the other (test images)")
@@ -84,7 +85,7 @@ def main() -> None:
     show("5. Where heads look")
     images = tested_on.select(range(min(args.n_patterns, len(tested_on))))
     atlas = pattern_atlas(model, images, progress=False)
-    keep(by_layer(model, images, args.seed), args, "patterns")
+    keep(by_layer(model, images, args.seed), args.out / "patterns.parquet")
     print("\nkinds:", atlas.table["kind"].value_counts().to_dict())
     atlas.table.to_parquet(args.out / "atlas.parquet", index=False)
     most = max(0.05, float(np.quantile(atlas.offsets, 0.999)))
@@ -93,13 +94,13 @@ def main() -> None:
     hop_profile(model, images, progress=False).plot().write_html(args.out / "hops.html")
 
     show("6. Does where a head looks tell how much it matters, beyond its layer?")
-    keep(explained(scores, args.seed), args, "explained")
+    keep(explained(scores, args.seed), args.out / "explained.parquet")
 
     show("7. Parts of attention (test images): mean over heads of |drop| of each part, by layer")
     parts = prune_parts(model, images, batch_size=8, progress=False)
     parts.to_parquet(args.out / "parts.parquet", index=False)
     sizes = parts.assign(size=parts["drop"].abs()).groupby(["layer", "part"], sort=False)
-    keep(sizes[["size", "mass"]].mean().reset_index(), args, "parts-by-layer")
+    keep(sizes[["size", "mass"]].mean().reset_index(), args.out / "parts-by-layer.parquet")
     print(f"\ntables and figures: {args.out}")
 
 
@@ -263,16 +264,6 @@ def explained(scores: HeadScores, seed: int, n: int = 2000) -> pd.DataFrame:
 def r_squared(x: np.ndarray, y: np.ndarray) -> float:
     fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
     return float(1 - ((y - fitted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-
-
-def keep(table: pd.DataFrame, args, name: str, shown: int = 40) -> None:
-    """Print a table and save it."""
-    print(table.head(shown).to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    table.to_parquet(args.out / f"{name}.parquet", index=False)
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
 
 
 def arguments() -> argparse.Namespace:

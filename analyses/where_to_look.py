@@ -33,6 +33,7 @@ from interp.intervention.vicrop import ViCrop
 from interp.model.hooked import HookedModel
 from interp.model.images import images_of
 from interp.tasks.prompts import from_examples, spans_of
+from telling import finish, show
 
 MAPS = {"relative attention": relative_attention, "gradient attention": gradient_attention}
 
@@ -81,7 +82,7 @@ def main() -> None:
     comparison.plot().write_html(args.out / "vicrop.html")
     print(comparison.table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     said += changes_said(comparison)
-    finish(said, args)
+    finish(said, args.out)
 
 
 # Prompts
@@ -216,18 +217,6 @@ def changes_said(comparison: Comparison) -> list[str]:
             f"{row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
         )
     return said
-
-
-def show(title: str) -> None:
-    print(f"\n{title}\n", flush=True)
-
-
-def finish(said: list[str], args) -> None:
-    show("What the numbers say")
-    for one in said:
-        print(f"- {one}")
-    (args.out / "findings.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(f"\ntables and figures: {args.out}")
 
 
 def arguments() -> argparse.Namespace:
