@@ -304,8 +304,8 @@ def pointing(seen: Seen) -> str:
     return (
         f"Asked for a colour ({counted(len(boxes), 'question')}), the shape in question has "
         f"{number(ratios['ratio'].mean())} times the gradient-weighted attention of a place of its "
-        f"size anywhere in the picture, mean over layers (1 by chance); most in layer {best}, "
-        f"{number(by_layer[best])} times."
+        f"size anywhere in the picture, mean over layers (1 by chance). In layer {best}, the best "
+        f"of {len(by_layer)} on these very questions, it has {number(by_layer[best])} times."
     )
 
 
