@@ -206,16 +206,17 @@ def figure(words: pd.DataFrame):
 def conditions(model: HookedModel, prompts, args) -> dict[str, list]:
     one = VHR().choices(model, prompts.select([0]))
     fixed = [(row.layer, row.head) for row in one[one["chosen"]].itertuples()]
+    alpha = args.alpha
     found = {
         PLAIN: [],
-        "VHR": [VHR()],
-        "VHR in lockstep": [VHR(reference="lockstep")],
-        "VHR, outliers too": [VHR(outlier_test=False)],
-        "one head set": [VHR(heads=fixed)],
-        "random half": [VHR(which="random", seed=args.seed)],
-        "lower half": [VHR(which="lower")],
-        "others, as far": [VHR(which="others")],
-        "all heads": [VHR(which="all")],
+        "VHR": [VHR(alpha)],
+        "VHR in lockstep": [VHR(alpha, reference="lockstep")],
+        "VHR, outliers too": [VHR(alpha, outlier_test=False)],
+        "one head set": [VHR(alpha, heads=fixed)],
+        "random half": [VHR(alpha, which="random", seed=args.seed)],
+        "lower half": [VHR(alpha, which="lower")],
+        "others, as far": [VHR(alpha, which="others")],
+        "all heads": [VHR(alpha, which="all")],
     }
     found |= {f"VHR x {alpha:g}": [VHR(alpha)] for alpha in args.alphas}
     return {name: edits for name, edits in found.items() if wanted(name, args)}
@@ -320,7 +321,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=200, help="captions of each kind of scenes")
     parser.add_argument("--polls", type=int, default=100, help="scenes that are asked about")
     parser.add_argument("--biases", nargs="+", default=["even", "broken"])
-    parser.add_argument("--alphas", type=float, nargs="*", default=[0.5, 3.0])
+    parser.add_argument("--alpha", type=float, default=2.0, help="of VHR and of its controls")
+    parser.add_argument(
+        "--alphas", type=float, nargs="*", default=[0.5, 1.1, 1.25, 1.5], help="of VHR besides"
+    )
     parser.add_argument("--conditions", nargs="+", default=None, help="default: all")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=16)

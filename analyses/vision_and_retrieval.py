@@ -10,11 +10,13 @@ were trained. So the same head can be asked twice: does it copy a needle out of 
    more to do with some layers than with others; the null permutes heads within their layers.
 2. Overlap of the first heads, against chance with as many heads in each layer.
 3. Ablations, crossed: retrieval heads where an image is asked about, image heads on needles, each
-   also at home, against as many other heads of the same layers; text of another kind says what else
-   breaks.
+   also at home, against as many other heads of the same layers (of any, where a layer has not as
+   many left); text of another kind says what else breaks.
 """
 
 import argparse
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +75,11 @@ def main() -> None:
 
     show("3. Crossed ablations")
     ranks = []
-    for (heads, task), control in crossed(seeing, reading, scores, args).items():
-        ranks.append(control.ranks.assign(heads=heads, task=task))
-        control.plot().write_html(args.out / f"ablated_{heads}_{task}.html")
-        said += ablation_said(heads, task, control)
+    for (heads, task, k), control in crossed(seeing, reading, scores, args).items():
+        match = match_of(scores[heads], k)
+        ranks.append(control.ranks.assign(heads=heads, task=task, match=match or "none"))
+        control.plot().write_html(args.out / f"ablated_{heads}_{task}_{k}.html")
+        said += ablation_said(heads, task, match, control)
     keep(pd.concat(ranks, ignore_index=True), args.out / "ablations.parquet")
 
     finish(said, args.out)
@@ -165,7 +168,7 @@ def overlaps(scores: dict[str, HeadScores], ks: list[int]) -> pd.DataFrame:
 
 def crossed(
     seeing: HookedModel, reading: HookedModel, scores: dict[str, HeadScores], args
-) -> dict[tuple[str, str], AblationControl]:
+) -> dict[tuple[str, str, int], AblationControl]:
     """Each kind of heads ablated on each kind of task, on prompts that did not choose them."""
     seed = args.seed + 1
     tasks = {
@@ -177,23 +180,32 @@ def crossed(
         ),
     }  # fmt: skip
     found = {}
-    for heads in ("retrieval", *args.image_heads):
+    for heads, k in product(("retrieval", *args.image_heads), args.ks):
         for task, (model, prompts) in tasks.items():
-            print(f"{NAMES[heads]} heads, {task}")
-            found[heads, task] = ablation_control(
-                model, scores[heads], prompts, ks=args.ks, draws=args.draws,
+            print(f"{k} {NAMES[heads]} heads, {task}")
+            found[heads, task, k] = ablation_control(
+                model, scores[heads], prompts, ks=[k], draws=args.draws,
+                match=match_of(scores[heads], k),
                 other=interp.tasks.text(model, max_tokens=96, n=6, seed=args.seed + 2),
-                batch_size=args.batch_size, out=args.out / f"ablation-{heads}-{task}",
+                batch_size=args.batch_size, out=args.out / f"ablation-{heads}-{task}-{k}",
             )  # fmt: skip
-            print(found[heads, task])
+            print(found[heads, task, k])
     return found
 
 
-def ablation_said(heads: str, task: str, control: AblationControl) -> list[str]:
+def match_of(scores: HeadScores, k: int) -> str | None:
+    """By layer, but where the first `k` take so much of one that not as many are left."""
+    layers = scores.table["layer"].value_counts()
+    taken = Counter(head.layer for head in scores.top(k))
+    return "layer" if all(2 * n <= layers[layer] for layer, n in taken.items()) else None
+
+
+def ablation_said(heads: str, task: str, match: str | None, control: AblationControl) -> list[str]:
     rows = control.ranks[control.ranks["metric"].isin(["accuracy", "loss"])]
+    where = "of the same layers" if match else "of any layer"
     return [
         f"{task}, {row.k} heads by {NAMES[heads]} ablated: {row.metric} {row.top:+.2f}, as many "
-        f"others of the same layers {row.random:+.2f} ({row.random_low:+.2f} to "
+        f"others {where} {row.random:+.2f} ({row.random_low:+.2f} to "
         f"{row.random_high:+.2f} over {row.draws} draws); gap {row.gap:+.2f} ({row.gap_low:+.2f} "
         f"to {row.gap_high:+.2f}), p = {row.p_value:.2f}"
         for row in rows.itertuples()
@@ -211,7 +223,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--needles", type=int, default=30)
     parser.add_argument("--length", type=int, default=256, help="of a needle's prompt, in tokens")
     parser.add_argument("--top", type=int, nargs="+", default=[10, 20, 40])
-    parser.add_argument("--ks", type=int, nargs="+", default=[12, 24], help="heads to ablate")
+    parser.add_argument("--ks", type=int, nargs="+", default=[10, 20], help="heads to ablate")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--image-heads", nargs="+", default=["relative", "attention"])
     parser.add_argument("--new-tokens", type=int, default=40)

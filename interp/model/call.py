@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -73,20 +74,20 @@ class Call:
         """Whose next token this pass is about: the prompt's, or that of something generated."""
         return "generated" if self.step else "prompt"
 
-    @property
+    @cached_property
     def key_positions(self) -> Int[Tensor, "batch key"]:
         return (self.real_keys.cumsum(1) - 1).clamp_min(0)
 
-    @property
+    @cached_property
     def positions(self) -> Int[Tensor, "batch token"]:
         return self.key_positions[:, -self.n_tokens :]
 
-    @property
+    @cached_property
     def real(self) -> Bool[Tensor, "batch token"]:
         """Which tokens of this pass are no padding."""
         return self.real_keys[:, -self.n_tokens :]
 
-    @property
+    @cached_property
     def prompt_lengths(self) -> Int[Tensor, " batch"]:
         """Real tokens in each prompt."""
         if self.prompts is not None and self.prompts.lengths is not None:
@@ -95,9 +96,17 @@ class Call:
 
     def rows(self, when: When) -> Bool[Tensor, "batch token"]:
         """The real tokens of this pass that belong to the prompt, are generated, or both."""
-        generated = self.positions >= self.prompt_lengths[:, None]
-        chosen = {"prompt": ~generated, "generated": generated, "both": torch.ones_like(generated)}
-        return self.real & chosen[when]
+        if when == "both":
+            return self.real
+        return self._generated if when == "generated" else self._in_prompt
+
+    @cached_property
+    def _generated(self) -> Bool[Tensor, "batch token"]:
+        return self.real & (self.positions >= self.prompt_lengths[:, None])
+
+    @cached_property
+    def _in_prompt(self) -> Bool[Tensor, "batch token"]:
+        return self.real & ~self._generated
 
 
 @dataclass

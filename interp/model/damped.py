@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.model.attention import BLOCK_ELEMENTS, Attention, kept
+from interp.model.edits import Rescale
 
 # Others that hold less than this lose a digit and more to the subtraction.
 LEAST_LEFT = 0.05
@@ -37,24 +38,39 @@ def damped(
     The same as `attention.rescale(...)` with all others as receivers, and less work. Without any
     key `attention` itself.
     """
-    some = keys.flatten(2).any(-1).any(0)
+    some = keys.any(2).any(-1).any(0)
     if not bool(some.any()):
         return attention
-    heads, keys = heads[some], keys[:, some]
-    factor = factor.expand(-1, len(some), -1)[:, some]
-    shape = len(keys), attention.n_heads, keys.shape[2], attention.n_keys
-    every = torch.ones(len(factor), shape[1], factor.shape[2], device=keys.device)
-    edited = attention.rescale(
-        keys.new_zeros(shape).index_copy(1, heads, keys),
-        every.index_copy(1, heads, factor),
-        heads=heads,
-        rows=rows,
+    if not bool(some.all()):
+        factor = factor[:, some] if factor.shape[1] > 1 else factor
+        heads, keys = heads[some], keys[:, some]
+    edited = replace(
+        attention, edits=(*attention.edits, _edit(attention, heads, keys, factor, rows))
     )
     unlike = (attention.softcap, attention.sink_logits, attention.places)
     if attention.edits or any(fact is not None for fact in unlike):
         return edited
     facts = {field.name: getattr(edited, field.name) for field in fields(Attention)}
     return Damped(**facts, base=attention, heads=heads, keys=keys, factor=factor, rows=rows)
+
+
+def _edit(
+    attention: Attention,
+    heads: Int[Tensor, " heads"],
+    keys: Bool[Tensor, "batch heads #query key"],
+    factor: Float[Tensor, "#batch #heads #query"],
+    rows: Bool[Tensor, "batch query"],
+) -> Rescale:
+    """What `attention.rescale` would make of it, for all heads of the layer."""
+    n_heads = attention.n_heads
+    whole = keys.new_zeros(len(keys), n_heads, *keys.shape[2:]).index_copy(1, heads, keys)
+    if factor.shape[1] > 1:
+        every = factor.new_ones(len(factor), n_heads, factor.shape[2])
+        factor = every.index_copy(1, heads, factor)
+    flags = keys.new_zeros(n_heads).index_fill(0, heads, True)
+    return Rescale(
+        whole, ~whole, factor[..., None], rows[:, None, :, None], flags[None, :, None, None]
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,7 +83,7 @@ class Damped(Attention):
     base: Attention
     heads: Int[Tensor, " heads"]
     keys: Bool[Tensor, "batch heads #query key"]
-    factor: Float[Tensor, "#batch heads #query"]
+    factor: Float[Tensor, "#batch #heads #query"]
     rows: Bool[Tensor, "batch query"]
 
     def output(self) -> Float[Tensor, "batch head query d_value"]:
@@ -89,9 +105,11 @@ class Damped(Attention):
         columns, there = columns_of(self.keys)
         k, v = self._at(self.k, columns), self._at(self.v, columns)
         size = max(1, BLOCK_ELEMENTS // max(1, columns.numel()))
-        parts, too_close = [], torch.zeros_like(self.heads, dtype=torch.bool)
-        for rows in torch.arange(self.n_queries, device=z.device).split(size):
-            logits = self.q[:, self.heads][:, :, rows].float() * self.scale @ k.transpose(-1, -2)
+        q = self.q[:, self.heads].float() * self.scale
+        parts, least_left = [], []
+        for start in range(0, self.n_queries, size):
+            rows = slice(start, start + size)
+            logits = q[:, :, rows] @ k.transpose(-1, -2)
             seen = there if self.keys.shape[2] == 1 else taken(self.keys[:, :, rows], columns)
             logits, seen = self._masked_at(logits, seen, rows, columns)
             # -inf before the exponential: a hidden key's logit may be far above lse
@@ -103,8 +121,9 @@ class Damped(Attention):
             gain = (1 - factor * mass) / left.clamp_min(LEAST_LEFT)
             edited = gain * z[:, :, rows] + (factor - gain) * (weights @ v)
             chosen = self.rows[:, None, rows, None] & (mass > 0)
-            too_close |= (chosen & (left < LEAST_LEFT)).transpose(0, 1).flatten(1).any(1)
+            least_left.append(torch.where(chosen, left, 1.0).amin((0, 2, 3)))
             parts.append(torch.where(chosen, edited.to(unedited), unedited[:, :, rows]))
+        too_close = torch.stack(least_left).amin(0) < LEAST_LEFT
         return torch.cat(parts, dim=2), too_close
 
     @property
@@ -144,12 +163,15 @@ class Damped(Attention):
         self,
         logits: Float[Tensor, "batch heads rows chosen"],
         seen: Bool[Tensor, "batch heads #rows chosen"],
-        rows: Int[Tensor, " rows"],
+        rows: slice,
         columns: Int[Tensor, "batch heads chosen"],
     ) -> tuple[Tensor, Bool[Tensor, "batch heads #rows chosen"]]:
         """Logits with a float mask's numbers, and which of the keys a row may see."""
         if self.mask is None:
-            return logits, seen & (columns[:, :, None] <= rows[:, None]) if self.causal else seen
+            if self.causal:
+                numbers = torch.arange(self.n_queries, device=columns.device)[rows]
+                seen = seen & (columns[:, :, None] <= numbers[:, None])
+            return logits, seen
         mask = self.mask[:, self.heads] if self.mask.shape[1] > 1 else self.mask
         mask = taken(part_of(mask, rows).expand(*logits.shape[:3], -1), columns)
         if mask.dtype == torch.bool:
@@ -174,6 +196,6 @@ def taken(
     return whole.gather(3, index)
 
 
-def part_of(whole: Tensor, rows: Int[Tensor, " rows"]) -> Tensor:
+def part_of(whole: Tensor, rows: slice) -> Tensor:
     """These rows of `[batch heads query ...]`, or all where it says the same for every row."""
     return whole[:, :, rows] if whole.shape[2] > 1 else whole

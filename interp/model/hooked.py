@@ -45,6 +45,7 @@ from interp.model.lazy import IMPLEMENTATION, attention_module, can_be_lazy, mak
 from interp.model.midpoint import carry_mid_edits
 from interp.model.norms import make_quiet_norms
 from interp.model.rotary import Rotations
+from interp.model.transparent import make_transparent
 from interp.provenance import versions
 
 # where it is missing, TransformerLens would install it by pip, and with it another torch
@@ -507,6 +508,7 @@ def _hooked(
     _make_lazy(model, running)
     make_quiet_norms(model)
     carry_mid_edits(model)
+    make_transparent(model)
     model._scan_existing_hooks(model, "")
     new = {name for name in model.hook_dict if name.endswith("hook_attention")}
     model._driver.supported_hook_points |= new
@@ -540,6 +542,10 @@ def _make_lazy(model: HookedModel, running: Running) -> None:
             f"{kind}: its attention can't be made lazy; it runs on the bridge's eager path.",
             stacklevel=4,
         )
+        return
+    # the bridge has transformers collect patterns, which are not made here
+    for config in (model.original_model.config, *map(_config, components)):
+        config.output_attentions = False
 
 
 def _config(component: AttentionBridge):

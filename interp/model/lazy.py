@@ -13,7 +13,7 @@ layer, and only that one, hold the whole matrix.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
@@ -63,21 +64,23 @@ class LazyAttention(AttentionBridge):
     """Mixed into a bridge's attention component by `make_lazy`; adds `hook_attention`."""
 
     hook_attention: HookPoint
+    _eyes: tuple[Mapping, ...]  # torch's hooks on what the fused kernel does not show
     forward_of_bridge: Callable  # what the bridge itself would run
+    # modules inside whose own hooks would not show their parts, how to undo it, and what it fires
+    fires: list[tuple[nn.Module, RemovableHandle, list[HookPoint]]]
 
     @property
     def watched(self) -> bool:
         """Does anybody look at what the fused kernel does not show?"""
-        names = ("hook_rot_q", "hook_rot_k", "hook_attention", "hook_attn_scores", "hook_pattern")
-        points = (self._modules.get(name) for name in names)
-        return any(point is not None and point.has_hooks() for point in points)
+        return any(self._eyes)
 
     @property
     def must_be_eager(self) -> bool:
         """Is a mode of the bridge on that only its own re-implementation has?"""
-        flags = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
-        forked = any(getattr(self.config, flag, False) for flag in flags)
-        return not self._lazy or forked or self.compatibility_mode
+        if not self._lazy or self.compatibility_mode:
+            return True
+        facts = vars(self.config)
+        return any(map(facts.get, ("use_attn_result", "use_split_qkv_input", "use_attn_in")))
 
     def forward(self, *args, **kwargs):
         """hook_in -> the wrapped module -> hook_out; or the bridge's own path where it must."""
@@ -154,6 +157,8 @@ class LazyAttention(AttentionBridge):
         return z.transpose(1, 2).contiguous(), pattern
 
     def _rotary(self, module: nn.Module, positions: Tensor, real: Tensor) -> Rotary | None:
+        if not self.hook_attention.has_hooks():
+            return None  # nobody to turn anything for
         function = rotary_function(type(module))
         if function is None or self._angles is None or self._rotations is None:
             return None
@@ -212,6 +217,19 @@ def make_lazy(
     component.hook_attention = HookPoint().train(component.training)
     component._running, component._lazy = (running if has_tokens else Running()), lazy
     component._rotations, component._angles = (rotations if has_tokens else None), None
+    component.fires = []
+    component._eyes = tuple(
+        hooks
+        for name in (
+            "hook_rot_q",
+            "hook_rot_k",
+            "hook_attention",
+            "hook_attn_scores",
+            "hook_pattern",
+        )
+        if (point := component._modules.get(name)) is not None
+        for hooks in (point._forward_hooks, point._backward_hooks)
+    )
     if not lazy:
         return
     # through __dict__: an attribute that torch does not walk, so that nothing is registered twice
@@ -222,11 +240,15 @@ def make_lazy(
         component.original_component._modules[projection.name] = projection
     if isinstance(component, JointQKVAttentionBridge):
         component._qkv_columns = fused_columns(component)
-        component.qkv.register_forward_hook(component.fire_fused_qkv)
+        handle = component.qkv.register_forward_hook(component.fire_fused_qkv)
+        parts = [component._modules[name] for name in component._qkv_columns]
+        points = [point for part in parts for point in (part.hook_in, part.hook_out)]
+        component.fires.append((component.qkv, handle, points))
     for name in ("q", "k"):
         norm, hook = component._modules.get(f"{name}_norm"), f"hook_{name}_normed"
         if norm is not None and hook in component._modules:
-            norm.register_forward_hook(partial(component.fire_normed, name=hook))
+            handle = norm.register_forward_hook(partial(component.fire_normed, name=hook))
+            component.fires.append((norm, handle, [component._modules[hook]]))
 
 
 def can_be_lazy(component: AttentionBridge) -> bool:
@@ -288,8 +310,8 @@ def token_facts(call: Call | None, query: Tensor, key: Tensor) -> dict[str, Any]
     batch, n_queries, n_keys = len(query), query.shape[2], key.shape[2]
     if call is not None and call.n_tokens == n_queries and len(call.real_keys) == batch:
         real_keys, key_positions = call.real_keys[:, -n_keys:], call.key_positions[:, -n_keys:]
-        unfilled = (0, n_keys - real_keys.shape[1])  # slots of a static cache
-        real_keys, key_positions = pad(real_keys, unfilled), pad(key_positions, unfilled)
+        if unfilled := n_keys - real_keys.shape[1]:  # slots of a static cache
+            real_keys, key_positions = (pad(x, (0, unfilled)) for x in (real_keys, key_positions))
         real_queries, positions = call.real, call.positions
     else:
         key_positions = torch.arange(n_keys, device=key.device).expand(batch, n_keys)

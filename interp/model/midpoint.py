@@ -36,7 +36,7 @@ def carry_mid_edits(model: nn.Module) -> None:
             continue
         point.__class__ = MidPoint
         # some blocks have the MLP's layers without a module around them
-        last = mlp._modules.get("out", mlp)
+        last = mlp._modules.get("out", mlp).original_component
         for module, hook in ((last, _mark), (block.original_component, _carry)):
             # through __dict__: an attribute that torch does not walk; copies find their own
             module.__dict__["_interp_mid_point"] = point
@@ -58,7 +58,7 @@ def _mid_point(block: BlockBridge) -> HookPoint | None:
 def _mark(mlp: nn.Module, args: tuple, output: Any) -> None:
     """The MLP ran after the point (in BERT it runs before, and nothing passes the point by)."""
     point = mlp.__dict__["_interp_mid_point"]
-    point.before_mlp = point.change is not None
+    point.before_mlp = point.change is not None and point.has_hooks()
 
 
 def _carry(block: nn.Module, args: tuple, output: Any) -> Any:
