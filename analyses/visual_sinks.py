@@ -51,7 +51,10 @@ def main() -> None:
     captions = interp.tasks.scenes(model, args.n, args.seed + 1, questions=("caption",), **about)
 
     show("1. Which tokens of the image are sinks?")
-    found = visual_sinks(model, questions, batch_size=args.batch_size, out=args.out / "sinks")
+    found = visual_sinks(
+        model, questions, dimensions=args.dimensions, tau=args.tau, batch_size=args.batch_size,
+        out=args.out / "sinks",
+    )  # fmt: skip
     if found.candidates is not None:
         keep(found.candidates.table.head(8), args.out / "dimensions.parquet")
     keep(found.layers, args.out / "layers.parquet")
@@ -265,6 +268,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/visual-sinks-study"))
     parser.add_argument("--n", type=int, default=96, help="questions, and as many captions")
     parser.add_argument("--bias", default="broken", help="of the scenes: broken, even, training")
+    parser.add_argument(
+        "--dimensions", type=int, nargs="+", default=None, help="by hand, where none is found"
+    )
+    parser.add_argument("--tau", type=float, default=None, help="default: by the model's width")
     parser.add_argument("--moved", type=float, default=0.6, help="share of sinks' mass that moves")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from benchmarks.timing import HEADER, line
 from interp.provenance import versions
 
-NAMES = ("forward", "one_layer", "sinks", "retrieval", "patching", "offsets", "act")
+NAMES = ("forward", "one_layer", "sinks", "retrieval", "patching", "offsets", "act", "vision")
 
 
 def main() -> None:

@@ -75,9 +75,11 @@ def random_tokens(model: nn.Module, n_tokens: int) -> Int[Tensor, "1 token"]:
 
 
 @torch.no_grad()
-def last_logits(model: nn.Module, tokens: Int[Tensor, "1 token"]) -> Float[Tensor, "1 vocab"]:
+def last_logits(
+    model: nn.Module, tokens: Int[Tensor, "1 token"], **inputs: Tensor
+) -> Float[Tensor, "1 vocab"]:
     """One forward pass; one row of logits, so that the unembedding hides nothing."""
-    out = model(tokens, use_cache=False, logits_to_keep=1)
+    out = model(tokens, use_cache=False, logits_to_keep=1, **inputs)
     return (out if torch.is_tensor(out) else out.logits)[:, -1]
 
 
@@ -88,10 +90,15 @@ def written(
     n_new: int,
     edit: Intervention | None = None,
     cache: bool = True,
+    **inputs: Tensor,
 ) -> Float[Tensor, "1 whole"]:
-    """Prompt and continuation: greedy, always `n_new` tokens. `edit` is for a hooked model."""
+    """Prompt and continuation: greedy, always `n_new` tokens. `edit` is for a hooked model.
+
+    `inputs`: the pixels of a prompt with images.
+    """
     options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
     options |= {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "use_cache": cache}
+    options |= inputs
     if not isinstance(model, HookedModel):
         return model.generate(tokens, **options).float()
     with model.intervene([] if edit is None else edit):

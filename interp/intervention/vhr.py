@@ -133,10 +133,12 @@ class VHR(Intervention):
             for layer, heads in by_layer(model, self.heads).items():
                 flags = torch.zeros(model.cfg.n_heads, dtype=torch.bool)
                 flags[heads] = True
-                yield f"blocks.{layer}.attn.hook_z", partial(self._scale_given, model, flags)
+                if self.alpha != 1:
+                    yield f"blocks.{layer}.attn.hook_z", partial(self._scale_given, model, flags)
             return
         image_token(model)
-        if layers := self.layers_of(model):
+        layers = self.layers_of(model)
+        if layers and self.alpha != 1:
             yield from Reinforced(self, model, layers).hooks()
 
     def _scale_given(
@@ -147,7 +149,7 @@ class VHR(Intervention):
         hook,
     ) -> Tensor | None:
         rows = model.call.rows(self.when).to(z.device)
-        if self.alpha == 1 or not rows.any():
+        if not rows.any():
             return None
         return scaled(z, rows, heads[None].to(z.device), self.alpha)
 
@@ -226,7 +228,7 @@ class Reinforced:
     def begin(self, embedded: Tensor, hook) -> None:
         """The prompts of a pass, read without their images before the pass goes on."""
         call = self.model.call
-        if call is self._call or self.edit.alpha == 1:
+        if call is self._call:
             return
         self._call, self._fresh = call, is_whole(call)
         rows = call.rows(self.edit.when)
@@ -292,8 +294,6 @@ class Reinforced:
 
     def follow(self, attention: Attention, hook) -> None:
         """Put what was chosen into the order that the rows of the cache were put into."""
-        if self.edit.alpha == 1:
-            return
         parents = self._rows.go_on(attention, self.model.call)
         if self._fresh:
             return
@@ -308,8 +308,6 @@ class Reinforced:
     # choosing and scaling
 
     def scale(self, layer: int, z: Float[Tensor, "batch pos head d_head"], hook) -> Tensor | None:
-        if self.edit.alpha == 1:
-            return None
         if self._fresh:
             self.heads[layer] = self._choose(layer, z)
         heads, rows = self.heads[layer].to(z.device), self._acting
