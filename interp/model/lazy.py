@@ -38,6 +38,7 @@ from interp.model.edits import EditError
 from interp.model.rotary import Rotary, Rotations, rotary_function
 
 IMPLEMENTATION = "interp_lazy"
+BETWEEN = ("hook_rot_q", "hook_rot_k", "hook_attention", "hook_attn_scores", "hook_pattern")
 
 
 def attention_function(
@@ -66,7 +67,7 @@ class LazyAttention(AttentionBridge):
     hook_attention: HookPoint
     _eyes: tuple[Mapping, ...]  # torch's hooks on what the fused kernel does not show
     forward_of_bridge: Callable  # what the bridge itself would run
-    # modules inside whose own hooks would not show their parts, how to undo it, and what it fires
+    # modules inside that fire hooks of this component: the torch hook that does it, which hooks
     fires: list[tuple[nn.Module, RemovableHandle, list[HookPoint]]]
 
     @property
@@ -220,13 +221,7 @@ def make_lazy(
     component.fires = []
     component._eyes = tuple(
         hooks
-        for name in (
-            "hook_rot_q",
-            "hook_rot_k",
-            "hook_attention",
-            "hook_attn_scores",
-            "hook_pattern",
-        )
+        for name in BETWEEN
         if (point := component._modules.get(name)) is not None
         for hooks in (point._forward_hooks, point._backward_hooks)
     )
@@ -241,7 +236,7 @@ def make_lazy(
     if isinstance(component, JointQKVAttentionBridge):
         component._qkv_columns = fused_columns(component)
         handle = component.qkv.register_forward_hook(component.fire_fused_qkv)
-        parts = [component._modules[name] for name in component._qkv_columns]
+        parts: list[Any] = [component._modules[name] for name in "qkv"]
         points = [point for part in parts for point in (part.hook_in, part.hook_out)]
         component.fires.append((component.qkv, handle, points))
     for name in ("q", "k"):
