@@ -78,7 +78,8 @@ def test_a_hook_alone_sees_what_it_sees_among_all(family):
     for name, values in seen.items():
         for value, other in zip(values, among_all[name], strict=True):
             if torch.is_tensor(value):
-                assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name)
+                size = max(1.0, float(value.abs().clamp_max(1e3).max()))
+                assert_close(value, other, atol=5e-6 * size, rtol=1e-5, msg=name)
 
 
 def test_a_hook_acts_from_the_moment_that_it_is_attached():
