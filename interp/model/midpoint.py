@@ -13,10 +13,25 @@ from transformer_lens.model_bridge.generalized_components.block import BlockBrid
 
 
 class MidPoint(HookPoint):
-    """A hook point that remembers by how much its hooks changed the value."""
+    """A hook point that carries by how much its hooks changed the value past the MLP.
 
+    `ends`: what runs last in the MLP, and the block. Both are listened to from the first hook on:
+    until then they run as if nobody was here.
+    """
+
+    ends: tuple[nn.Module, nn.Module]
+    carries: bool = False
     change: Tensor | None = None
     before_mlp: bool = False
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.carries:
+            self.carries = True
+            for module, hook in zip(self.ends, (_mark, _carry), strict=True):
+                # through __dict__: an attribute that torch does not walk; copies find their own
+                module.__dict__["_interp_mid_point"] = self
+                module.register_forward_hook(hook, prepend=True)
+        return super().register_forward_hook(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         value = args[0]
@@ -37,10 +52,7 @@ def carry_mid_edits(model: nn.Module) -> None:
         point.__class__ = MidPoint
         # some blocks have the MLP's layers without a module around them
         last = mlp._modules.get("out", mlp).original_component
-        for module, hook in ((last, _mark), (block.original_component, _carry)):
-            # through __dict__: an attribute that torch does not walk; copies find their own
-            module.__dict__["_interp_mid_point"] = point
-            module.register_forward_hook(hook)
+        point.ends = (last, block.original_component)
 
 
 def _mid_point(block: BlockBridge) -> HookPoint | None:
