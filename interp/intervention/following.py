@@ -4,11 +4,27 @@ Rows of a batch change places when beams are reordered, and nobody tells: the ca
 and so the keys in it say which row of the step before a row goes on from.
 """
 
+from collections.abc import Sized
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.intervention.base import InterventionError
 from interp.model.attention import Attention
 from interp.model.call import Call
+
+
+def check_goes_on(who: str, had: Sized | None, n_rows: int) -> None:
+    """Is what was kept of prompts that of a pass of `n_rows` which goes on from a cache?
+
+    Raises `InterventionError`, in which `who` says what asks, where it is not.
+    """
+    if had is None or len(had) != n_rows:
+        what = "no prompt was" if had is None else f"{len(had)} rows were"
+        raise InterventionError(
+            f"{who}: this pass of {n_rows} rows goes on from a cache, and {what} read in this "
+            "block; read the prompt in it too."
+        )
 
 
 class Rows:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from interp.intervention.base import Hook, InterventionError
+from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
 from interp.model.call import at_places
 from interp.model.class_rows import (
@@ -94,12 +95,7 @@ class ImageStrengths:
         Raises `InterventionError` where this pass goes on from a prompt that was not seen.
         """
         known, places = self._by_place, attention.key_positions
-        if known is None or len(known) != len(places):
-            had = "no prompt was" if known is None else f"{len(known)} rows were"
-            raise InterventionError(
-                f"HeadModulation: this pass of {len(places)} rows goes on from a cache, and {had} "
-                "read in this block; read the prompt in it too."
-            )
+        check_goes_on("HeadModulation", known, len(places))
         return at_places(known.to(places.device), places, attention.real_keys)
 
     def _row(self) -> Row:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from interp.intervention.base import InterventionError
+from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
 from interp.model.call import Call, at_places
 from interp.model.edits import Block
@@ -119,7 +120,7 @@ class Search:
         if self.decode == "prefill" and not bool(prompt.any()):
             return None
         rows = prompt if self.decode == "prefill" else prompt | later
-        if is_whole(call):
+        if call.whole:
             keys, factor = self._in_prompt(attention, prompt)
             self._keys, self._kept = by_place(keys.long(), attention, call) > 0, factor
         elif bool(prompt.any()):
@@ -128,7 +129,7 @@ class Search:
                 "only from all of it; pass it whole, or use decode='running'."
             )
         else:
-            self._check_goes_on(self._keys, attention)
+            check_goes_on(f"decode={self.decode!r}", self._keys, len(attention.q))
             keys, factor = at_columns(self._keys, attention), self._kept
         return Found(keys, factor, rows)
 
@@ -166,8 +167,8 @@ class Search:
         received, queries = received_by(attention, self.heads, prompt)
         received = by_place(received[:, :, None], attention, call)
         queries = by_place(queries[:, None, None], attention, call)
-        if not is_whole(call):
-            self._check_goes_on(self._received, attention)
+        if not call.whole:
+            check_goes_on(f"decode={self.decode!r}", self._received, len(attention.q))
             self._follow_beams(attention, call)
             # what a window has let go of still counts where the first one is spared
             longer = (0, received.shape[3] - self._received.shape[3])
@@ -216,19 +217,6 @@ class Search:
             )
         parents = same.int().argmax(1)
         self._received, self._queries = self._received[parents], self._queries[parents]
-
-    def _check_goes_on(self, remembered: Tensor | None, attention: Attention) -> None:
-        if remembered is None or len(remembered) != len(attention.q):
-            had = "no prompt was" if remembered is None else f"{len(remembered)} rows were"
-            raise InterventionError(
-                f"decode={self.decode!r}: this pass of {len(attention.q)} rows goes on from a "
-                f"cache, and {had} read in this block; read the prompt in it too."
-            )
-
-
-def is_whole(call: Call) -> bool:
-    """Does this pass see all tokens so far, not going on from a cache?"""
-    return call.real_keys.shape[1] == call.n_tokens
 
 
 def received_by(

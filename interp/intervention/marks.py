@@ -11,8 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from interp.intervention.base import InterventionError
-from interp.intervention.later_sinks import is_whole
+from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
 from interp.model.call import Call, at_places
 from interp.model.hooked import HookedModel
@@ -33,7 +32,7 @@ class Marks:
         size = call.real_keys.shape[1]
         there = (marked & call.rows("prompt")).long()
         new = there.new_zeros(len(there), size).scatter_add(1, call.positions, there) > 0
-        if not is_whole(call):
+        if not call.whole:
             self.check_goes_on(call)
             new = new | pad(self._by_place, (0, size - self._by_place.shape[1]))
         self._by_place = new
@@ -49,13 +48,7 @@ class Marks:
 
     def check_goes_on(self, call: Call) -> None:
         """Raises `InterventionError` unless the prompt of these rows was read before."""
-        had = self._by_place
-        if had is None or len(had) != len(call.real_keys):
-            what = "no prompt was" if had is None else f"{len(had)} rows were"
-            raise InterventionError(
-                f"this pass of {len(call.real_keys)} rows goes on from a cache, and {what} read "
-                "in this block; read the prompt in it too."
-            )
+        check_goes_on("marks", self._by_place, len(call.real_keys))
 
 
 class ImageMarks(Marks):
@@ -94,7 +87,7 @@ class ImageMarks(Marks):
 
 def goes_on_writing(call: Call) -> bool:
     """Are all tokens of this pass generated, the prompt in the cache?"""
-    return call.step > 0 and not is_whole(call)
+    return call.step > 0 and not call.whole
 
 
 def columns_of(rows: Bool[Tensor, "batch query"]) -> Int[Tensor, " columns"]:

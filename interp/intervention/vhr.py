@@ -33,8 +33,7 @@ from interp.analysis.divergence import divergence, lower_half, outliers, upper_h
 from interp.heads import HeadsLike
 from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.intervention.chosen import by_layer, check_when, chosen, said, said_when
-from interp.intervention.following import Rows
-from interp.intervention.later_sinks import is_whole
+from interp.intervention.following import Rows, check_goes_on
 from interp.model.aside import aside
 from interp.model.attention import Attention
 from interp.model.call import Call, When
@@ -230,7 +229,7 @@ class Reinforced:
         call = self.model.call
         if call is self._call:
             return
-        self._call, self._fresh = call, is_whole(call)
+        self._call, self._fresh = call, call.whole
         rows = call.rows(self.edit.when)
         self._acting = rows.to(embedded.device) if bool(rows.any()) else None
         if self._fresh:
@@ -240,11 +239,8 @@ class Reinforced:
                 "VHR: this prompt comes in chunks, and its heads are chosen at its last token; "
                 "pass it whole."
             )
-        elif len(next(iter(self.heads.values()), ())) != len(embedded):
-            raise InterventionError(
-                f"VHR: this pass of {len(embedded)} rows goes on from a cache, and its prompts "
-                "were not read in this block; read them in it too."
-            )
+        else:
+            check_goes_on("VHR", next(iter(self.heads.values()), None), len(embedded))
 
     def _read_prompts(self, call: Call, device: torch.device) -> None:
         if call.input_ids is None:

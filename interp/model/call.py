@@ -70,6 +70,11 @@ class Call:
         return self.real_keys.shape[1] - self.prompt_width
 
     @property
+    def whole(self) -> bool:
+        """Does this pass see all tokens so far, not going on from a cache?"""
+        return self.real_keys.shape[1] == self.n_tokens
+
+    @property
     def phase(self) -> Phase:
         """Whose next token this pass is about: the prompt's, or that of something generated."""
         return "generated" if self.step else "prompt"

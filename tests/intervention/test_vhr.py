@@ -470,7 +470,7 @@ def test_a_cache_of_other_prompts_is_refused():
     with torch.no_grad():
         model.original_model(input_ids=batch.input_ids, cache=cache, use_cache=True, **batch.inputs)
         with (
-            pytest.raises(InterventionError, match="were not read in this block"),
+            pytest.raises(InterventionError, match="read in this block"),
             model.intervene(VHR(layers=(0, 1))),
         ):
             model.original_model(input_ids=torch.tensor([[5]]), cache=cache, use_cache=True)
