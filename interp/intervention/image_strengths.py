@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from interp.intervention.base import Hook, InterventionError
+from interp.intervention.base import Hook
 from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
 from interp.model.call import at_places

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from interp.intervention.base import InterventionError
 from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
 from interp.model.call import Call, at_places
@@ -48,7 +49,7 @@ class Marks:
 
     def check_goes_on(self, call: Call) -> None:
         """Raises `InterventionError` unless the prompt of these rows was read before."""
-        check_goes_on("marks", self._by_place, len(call.real_keys))
+        check_goes_on("this edit", self._by_place, len(call.real_keys))
 
 
 class ImageMarks(Marks):
