@@ -123,8 +123,9 @@ class Damped(Attention):
             chosen = self.rows[:, None, rows, None] & (mass > 0)
             least_left.append(torch.where(chosen, left, 1.0).amin((0, 2, 3)))
             parts.append(torch.where(chosen, edited.to(unedited), unedited[:, :, rows]))
-        too_close = torch.stack(least_left).amin(0) < LEAST_LEFT
-        return torch.cat(parts, dim=2), too_close
+        if len(parts) == 1:
+            return parts[0], least_left[0] < LEAST_LEFT
+        return torch.cat(parts, dim=2), torch.stack(least_left).amin(0) < LEAST_LEFT
 
     @property
     def _exact(
@@ -183,7 +184,7 @@ def columns_of(
     keys: Bool[Tensor, "batch heads #query key"],
 ) -> tuple[Int[Tensor, "batch heads chosen"], Bool[Tensor, "batch heads 1 chosen"]]:
     """The keys that any row has, padded to the most that a head has, and which are no padding."""
-    union = keys.any(2)
+    union = keys.squeeze(2) if keys.shape[2] == 1 else keys.any(2)
     there, columns = union.int().topk(int(union.sum(-1).max()), dim=-1)
     return columns, there.bool()[:, :, None]
 
