@@ -140,3 +140,29 @@ def test_gradients_at_hooks_are_the_same_alone(family):
             total = model.original_model(**inputs(family))[0].square().sum()
         found.append(torch.autograd.grad(total, values[0])[0])
     assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_processed_weights_are_the_ones_that_run(family):
+    model, ids = fresh(family), inputs(family)["input_ids"][:1]
+    with torch.no_grad():
+        before = model(ids).log_softmax(-1)
+        model.enable_compatibility_mode()
+        norm = model.blocks[0].ln2.original_component
+        assert_close(norm.weight, torch.ones_like(norm.weight))  # folded into what follows
+        assert_close(model(ids).log_softmax(-1), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["attn", "q", "mlp"])
+def test_inputs_that_are_forked_on_request_can_be_hooked(part):
+    model, name = (
+        fresh("llama"),
+        {"attn": "hook_attn_in", "q": "hook_q_input", "mlp": "hook_mlp_in"}[part],
+    )
+    {"attn": model.set_use_attn_in, "q": model.set_use_split_qkv_input,
+     "mlp": model.set_use_hook_mlp_in}[part](True)  # fmt: skip
+    seen = []
+    run(model, "llama", [(f"blocks.1.{name}", lambda value, hook: seen.append(value))])
+    before = run(model, "llama")
+    after = run(model, "llama", [(f"blocks.1.{name}", lambda value, hook: value * 0)])
+    assert len(seen) == 1 and not torch.allclose(after, before)
