@@ -34,6 +34,7 @@ from interp.heads import HeadsLike
 from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.intervention.chosen import by_layer, check_when, chosen, said, said_when
 from interp.intervention.following import Rows, check_goes_on
+from interp.intervention.offsets import Tokens
 from interp.model.aside import aside
 from interp.model.attention import Attention
 from interp.model.call import Call, When
@@ -129,11 +130,12 @@ class VHR(Intervention):
     def hooks(self, model: HookedModel) -> Iterable[Hook]:
         """Hooks on z; to choose heads also one on the embedding, and one that follows beams."""
         if self.heads is not None:
+            tokens = Tokens(model, self.when, "all")
             for layer, heads in by_layer(model, self.heads).items():
-                flags = torch.zeros(model.cfg.n_heads, dtype=torch.bool)
-                flags[heads] = True
+                flags = torch.zeros(1, model.cfg.n_heads, dtype=torch.bool)
+                flags[:, heads] = True
                 if self.alpha != 1:
-                    yield f"blocks.{layer}.attn.hook_z", partial(self._scale_given, model, flags)
+                    yield f"blocks.{layer}.attn.hook_z", partial(self._scale_given, tokens, flags)
             return
         image_token(model)
         layers = self.layers_of(model)
@@ -142,15 +144,13 @@ class VHR(Intervention):
 
     def _scale_given(
         self,
-        model: HookedModel,
-        heads: Bool[Tensor, " head"],
+        tokens: Tokens,
+        heads: Bool[Tensor, "1 head"],
         z: Float[Tensor, "batch pos head d_head"],
         hook,
     ) -> Tensor | None:
-        rows = model.call.rows(self.when).to(z.device)
-        if not rows.any():
-            return None
-        return scaled(z, rows, heads[None].to(z.device), self.alpha)
+        rows = tokens.now()
+        return None if rows is False else scaled(z, rows, heads, self.alpha)
 
     def choices(self, model: HookedModel, prompts, *, batch_size: int = 8) -> pd.DataFrame:
         """What is chosen on some prompts: `prompt, layer, head, distance, outlier, chosen`.
@@ -185,15 +185,18 @@ def default_layers(layers: Sequence[int]) -> list[int]:
 
 def scaled(
     z: Float[Tensor, "batch pos head d_head"],
-    rows: Bool[Tensor, "batch pos"],
+    rows: Bool[Tensor, "batch pos"] | Literal[True],
     heads: Bool[Tensor, "#batch head"],
     factor: float | Float[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """z times `factor` at some tokens, in some heads."""
+    """z times `factor` at some tokens (True: all), in some heads."""
     if torch.is_tensor(factor):
         factor = factor[:, :, None, None].to(z.dtype)
+    where = heads.to(z.device)[:, None, :, None]
+    if rows is not True:
+        where = where & rows.to(z.device)[:, :, None, None]
     # the product itself, not a factor of 1: elsewhere z has to be what it was
-    return torch.where((rows[:, :, None] & heads[:, None])[..., None], z * factor, z)
+    return torch.where(where, z * factor, z)
 
 
 class Reinforced:
@@ -205,7 +208,7 @@ class Reinforced:
         self._compared: dict[int, tuple[Tensor, Tensor]] = {}
         self._call: Call | None = None
         self._fresh = False
-        self._acting: Tensor | None = None  # Bool[Tensor, "batch pos"], None: nowhere
+        self._tokens = Tokens(model, edit.when, "all")
         self._rows = Rows()
         self._texts: list[list[int]] = []
         self._seeds: list[int] = []
@@ -230,8 +233,6 @@ class Reinforced:
         if call is self._call:
             return
         self._call, self._fresh = call, call.whole
-        rows = call.rows(self.edit.when)
-        self._acting = rows.to(embedded.device) if bool(rows.any()) else None
         if self._fresh:
             self._read_prompts(call, embedded.device)
         elif bool(call.rows("prompt").any()):
@@ -276,8 +277,7 @@ class Reinforced:
             found[layer] = z[:, -1].detach().clone()
 
         def edit(z: Tensor, hook, layer: int) -> Tensor:
-            everywhere = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-            return scaled(z, everywhere, self.heads[layer][self._with_image], self.edit.alpha)
+            return scaled(z, True, self.heads[layer][self._with_image], self.edit.alpha)
 
         hooks = [(f"blocks.{n}.attn.hook_z", partial(keep, layer=n)) for n in layers]
         if self.edit.reference == "lockstep":
@@ -306,14 +306,14 @@ class Reinforced:
     def scale(self, layer: int, z: Float[Tensor, "batch pos head d_head"], hook) -> Tensor | None:
         if self._fresh:
             self.heads[layer] = self._choose(layer, z)
-        heads, rows = self.heads[layer].to(z.device), self._acting
-        if rows is None:
+        heads, rows = self.heads[layer].to(z.device), self._tokens.now()
+        if rows is False:
             return None
         if self.edit.which != "others":
-            return scaled(z, rows.to(z.device), heads, self.edit.alpha)
+            return scaled(z, rows, heads, self.edit.alpha)
         # `heads` are those that "upper" chooses
         others = ~heads & self._image_rows(heads)
-        return scaled(z, rows.to(z.device), others, self._as_far(layer, z, heads, others))
+        return scaled(z, rows, others, self._as_far(layer, z, heads, others))
 
     def _image_rows(self, heads: Tensor) -> Bool[Tensor, "batch 1"]:
         """Rows that have an image: these chose a head."""

@@ -10,6 +10,8 @@ Whether somebody listens is asked at each call, so a hook acts from the moment t
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -37,34 +39,57 @@ LISTENERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backwa
 class Transparent(GeneralizedComponent):
     """Made by `make_transparent`; put in front of the class that a component had."""
 
-    _listeners: tuple[Any, ...]  # each is true where somebody listens
+    _listeners: tuple[Any, ...]  # each is true where the component has to act
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__
-        replaced = "forward" in own  # by somebody who wants it called
-        if replaced or any(own["_listeners"]) or self.must_act(args, kwargs):
+        if any(self._listeners) or self.must_act(args, kwargs):
+            return self.act(*args, **kwargs)
+        return self._modules["_original_component"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+
+    def act(self, *args: Any, **kwargs: Any) -> Any:
+        """What the bridge does; it looks for offloaded weights each time, which few models have."""
+        if "_hf_hook" in vars(self._modules["_original_component"]):
             return super().__call__(*args, **kwargs)
-        return own["_modules"]["_original_component"](*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
 
     def must_act(self, args: tuple, kwargs: dict) -> bool:
-        """Would the component do something else than fire hooks?"""
+        """Would it do something else than fire hooks?"""
         return self.compatibility_mode
 
 
 class TransparentBlock(Transparent):
-    """A block, which may have to stop or to begin a pass."""
+    """A block. Where nobody listens to anything inside, all of it is what it was before it was
+    hooked, for as long as it runs (no hook runs meanwhile that could attach another)."""
+
+    _inside: tuple[tuple[dict[str, Any], str, Transparent], ...] = ()
+    _everywhere: tuple[Any, ...] = ()  # `_listeners` of the block and of all that is inside
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(self._everywhere) or self.must_act(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        # somebody may have put something else in a component's place, which then stays
+        there = [(m, name, one) for m, name, one in self._inside if m[name] is one]
+        for modules, name, component in there:
+            modules[name] = component._modules["_original_component"]
+        try:
+            return self._modules["_original_component"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        finally:
+            for modules, name, component in there:
+                modules[name] = component
 
     def must_act(self, args: tuple, kwargs: dict) -> bool:
-        told = any(self.__dict__.get(f"_{at}_at_layer_idx") is not None for at in ("stop", "start"))
+        own = self.__dict__
+        stops, starts = own.get("_stop_at_layer_idx"), own.get("_start_at_layer_idx")
         # called by itself, with nothing but the stream, it gives a tuple
-        return told or len(args) + len(kwargs) == 1 or self.compatibility_mode
+        alone = len(args) + len(kwargs) == 1
+        told = alone or stops is not None or starts is not None
+        return told or self.compatibility_mode
 
-
-class TransparentAttention(Transparent, LazyAttention):
-    """Lazy attention, which may have to be eager."""
-
-    def must_act(self, args: tuple, kwargs: dict) -> bool:
-        return self.must_be_eager
+    def _filter_kwargs_for_forward(self, kwargs: dict, num_positional_args: int = 0) -> dict:
+        """The bridge reads the signature each time."""
+        if _takes_any(type(self.original_component)):
+            return kwargs
+        return super()._filter_kwargs_for_forward(kwargs, num_positional_args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class TransparentNorm(Transparent, QuietNorm):
@@ -72,6 +97,33 @@ class TransparentNorm(Transparent, QuietNorm):
 
     def must_act(self, args: tuple, kwargs: dict) -> bool:
         return not self.use_native_layernorm_autograd or self.compatibility_mode
+
+
+@cache
+def _takes_any(kind: type) -> bool:
+    """Does its forward take any named argument?"""
+    parameters = signature(kind.forward).parameters.values()
+    return any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@dataclass(eq=False)
+class Replaced:
+    """True where somebody gave a component a `forward` of their own, to be called."""
+
+    own: dict[str, Any]
+
+    def __bool__(self) -> bool:
+        return "forward" in self.own
+
+
+@dataclass(eq=False)
+class Eager:
+    """True where lazy attention has to be eager."""
+
+    attention: LazyAttention
+
+    def __bool__(self) -> bool:
+        return self.attention.must_be_eager
 
 
 @dataclass(eq=False)
@@ -106,15 +158,13 @@ class Wiring:
 
 @dataclass(eq=False)
 class Others:
-    """True where a module has hooks beside the known ones, or where those have to act."""
+    """True where a module has hooks beside the known ones."""
 
     hooks: Mapping[int, Any]
     known: set[int]
-    forked: LazyAttention | None
 
     def __bool__(self) -> bool:
-        acts = self.forked is not None and self.forked.must_be_eager
-        return acts or not self.known.issuperset(self.hooks)
+        return not self.known.issuperset(self.hooks)
 
 
 def make_transparent(model: nn.Module) -> None:
@@ -125,38 +175,61 @@ def make_transparent(model: nn.Module) -> None:
             wiring.of_block(module)
         if isinstance(module, LazyAttention):
             wiring.of_attention(module)
+    blocks: list[TransparentBlock] = []
     for component in modules:
         front = _front(component)
-        if front is not None:
-            kind = type(component)
-            component.__class__ = type(f"Transparent{kind.__name__}", (front, kind), {})
-            component.__dict__["_listeners"] = tuple(_listeners(component, wiring))
+        if front is None:
+            continue
+        kind = type(component)
+        component.__class__ = type(f"Transparent{kind.__name__}", (front, kind), {})
+        component.__dict__["_listeners"] = tuple(_listeners(component, wiring))
+        if isinstance(component, TransparentBlock):
+            blocks.append(component)
+    for block in blocks:
+        inside = tuple(_inside(block))
+        parts = (block, *(component for _, _, component in inside))
+        everywhere = tuple(one for part in parts for one in part._listeners)
+        block.__dict__.update(_inside=inside, _everywhere=everywhere)
 
 
 def _front(component: nn.Module) -> type[Transparent] | None:
     """What a component of this kind becomes; None where it may do more than fire hooks."""
     if not isinstance(component, GeneralizedComponent) or component.name is None:
         return None
-    if isinstance(component, LazyAttention):
-        return TransparentAttention
     if isinstance(component, QuietNorm):
         return TransparentNorm if type(component).forward is NormalizationBridge.forward else None
     if type(component) in BLOCKS:
         return TransparentBlock
-    return Transparent if type(component) in KINDS else None
+    return Transparent if type(component) in KINDS or isinstance(component, LazyAttention) else None
+
+
+def _inside(component: Transparent) -> Iterator[tuple[dict, str, Transparent]]:
+    """Where others stand, in the wrapped module and what they wrap, that may be left out."""
+    waiting: list[Any] = [component.original_component]
+    while waiting:
+        modules = waiting.pop()._modules
+        for name, child in modules.items():
+            if isinstance(child, Transparent):
+                if not child.must_act((), {}):
+                    yield modules, name, child
+                    waiting.append(child.original_component)
+            elif child is not None and not isinstance(child, GeneralizedComponent):
+                waiting.append(child)
 
 
 def _listeners(component: GeneralizedComponent, wiring: Wiring) -> Iterator[Any]:
     """All that is true where a hook would fire in the component: torch's dicts of hooks, mostly."""
-    forked = wiring.forked.get(component)
     for hooks in _hooks_on(component):
-        wired = wiring.known.intersection(hooks)
-        yield Others(hooks, wiring.known, forked) if wired else hooks
+        yield Others(hooks, wiring.known) if wiring.known.intersection(hooks) else hooks
     # an MLP whose projections are passed by fires their hooks itself
     inside = component.submodules.values() if isinstance(component, MLPBridge) else ()
     own = (m for part in (component, *inside) for m in part.children() if isinstance(m, HookPoint))
     for point in (*own, *wiring.points[component]):
         yield from _hooks_on(point)
+    yield Replaced(component.__dict__)
+    attention = component if isinstance(component, LazyAttention) else wiring.forked.get(component)
+    if attention is not None:
+        yield Eager(attention)
 
 
 def _hooks_on(module: nn.Module) -> Iterator[Mapping[int, Any]]:

@@ -119,6 +119,31 @@ def test_a_forward_of_ones_own_is_called():
     assert torch.equal(run(model, "llama"), expected)
 
 
+def test_what_stands_in_a_components_place_stays():
+    model = fresh("llama")
+    modules = model.blocks[1].original_component.mlp.original_component._modules
+    before = modules["down_proj"]
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * before(x)
+
+    expected = run(model, "llama", [("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)])
+    modules["down_proj"] = doubled = Doubled()
+    assert_close(run(model, "llama"), expected)
+    assert modules["down_proj"] is doubled
+
+
+def test_a_block_that_fails_is_as_it_was():
+    model = fresh("llama")
+    inner = model.blocks[1].original_component.mlp.original_component
+    broken = inner.down_proj.original_component
+    broken.__dict__["forward"] = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run(model, "llama")
+    assert isinstance(inner.down_proj, Transparent)
+
+
 def test_a_copy_listens_for_itself():
     model = fresh("llama")
     twin = copy.deepcopy(model)
