@@ -63,7 +63,7 @@ class HideTokens(Intervention):
     ) -> Attention | None:
         call = model.call
         image.see(call)
-        rows = (call.rows(self.when) & ~image.at_tokens(call)).to(attention.q.device)
+        rows, _ = image.text(self.when, call, attention.q.device)
         keys = attention.real_keys.new_zeros(attention.real_keys.shape)
         places = attention.key_positions
         for row, ranges in enumerate(self._ranges(call)):

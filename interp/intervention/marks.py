@@ -7,6 +7,7 @@ generated bear none, so rows of beams, which share their prompt, need not be fol
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,7 +15,7 @@ from torch.nn.functional import pad
 from interp.intervention.base import InterventionError
 from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
-from interp.model.call import Call, at_places
+from interp.model.call import Call, When, at_places
 from interp.model.hooked import HookedModel
 from interp.model.images import of_images
 
@@ -60,6 +61,7 @@ class ImageMarks(Marks):
         self.model = model
         self._call: Call | None = None
         self._at_keys: dict[int, Tensor] = {}
+        self._text: dict[When, tuple[Tensor, Tensor]] = {}
 
     def see(self, call: Call) -> None:
         """Take down this pass's tokens, unless that was done.
@@ -77,7 +79,7 @@ class ImageMarks(Marks):
             )
         else:
             self.add(of_images(self.model, call.input_ids), call)
-        self._call, self._at_keys = call, {}
+        self._call, self._at_keys, self._text = call, {}, {}
 
     def at_keys(self, attention: Attention) -> Bool[Tensor, "batch key"]:
         """As `Marks.at_keys`, found once for all layers with as many keys."""
@@ -85,12 +87,17 @@ class ImageMarks(Marks):
             self._at_keys[attention.n_keys] = super().at_keys(attention)
         return self._at_keys[attention.n_keys].to(attention.q.device)
 
+    def text(
+        self, when: When, call: Call, device: torch.device
+    ) -> tuple[Bool[Tensor, "batch query"], Int[Tensor, " columns"]]:
+        """Which of this pass's tokens are no image's, and which columns have any; once a pass."""
+        if when not in self._text:
+            rows = (call.rows(when) & ~self.at_tokens(call)).to(device)
+            self._text[when] = rows, rows.any(0).nonzero().squeeze(1)
+        rows, columns = self._text[when]
+        return rows.to(device), columns.to(device)
+
 
 def goes_on_writing(call: Call) -> bool:
     """Are all tokens of this pass generated, the prompt in the cache?"""
     return call.step > 0 and not call.whole
-
-
-def columns_of(rows: Bool[Tensor, "batch query"]) -> Int[Tensor, " columns"]:
-    """The queries that any prompt of the batch wants."""
-    return rows.any(0).nonzero().squeeze(1)

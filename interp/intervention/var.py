@@ -37,9 +37,10 @@ from torch import Tensor
 from interp.analysis.sink_dimensions import phi, scaled_tau, sink_dimensions
 from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.intervention.chosen import check_when, said_when
-from interp.intervention.marks import ImageMarks, Marks, columns_of, goes_on_writing
+from interp.intervention.later_sinks import by_place
+from interp.intervention.marks import ImageMarks, Marks, goes_on_writing
 from interp.model.attention import Attention
-from interp.model.call import When
+from interp.model.call import When, at_places
 from interp.model.hooked import HookedModel
 from interp.model.images import image_token
 from interp.model.redistributed import Moved, redistributed
@@ -191,6 +192,9 @@ class _Layer:
         self.rule, self.model, self.image, self.tau = rule, model, image, tau
         self.sinks = Marks()
         self.seed = rule.seed * 1009 + layer
+        # of the prompts that are being continued, by the places of their tokens
+        self._sets: Tensor | None = None  # Bool[Tensor, "batch set place"]
+        self._acts: Any = None  # Bool[Tensor, "batch 1"]
 
     def find(self, x: Float[Tensor, "batch token d_model"], hook) -> None:
         """Which of the prompt's tokens are sinks of this layer."""
@@ -199,24 +203,34 @@ class _Layer:
         if not goes_on_writing(call):
             sinks = phi(x, self.rule.dimensions) >= self.tau
             self.sinks.add(sinks.to(call.real.device), call)
+            self._sets = None
 
     def edit(self, attention: Attention, hook) -> Attention | None:
-        rule, call = self.rule, self.model.call
-        rows = (call.rows(rule.when) & ~self.image.at_tokens(call)).to(attention.q.device)
-        columns = columns_of(rows)
+        call = self.model.call
+        rows, columns = self.image.text(self.rule.when, call, attention.q.device)
         if not len(columns):
             return None
+        if self._sets is None:
+            sets = self._sets_of(attention)
+            self._sets = by_place(sets[:, :, None].long(), attention, call)[:, :, 0] > 0
+        else:
+            sets = at_places(self._sets, attention.key_positions, attention.real_keys)
+        choose = partial(self._choose, rows & self._acts, attention.positions)
+        edited = redistributed(attention, sets.transpose(1, 2), columns, choose)
+        return None if edited is attention else edited
+
+    def _sets_of(self, attention: Attention) -> Bool[Tensor, "batch set key"]:
+        """Donors, receivers, the image's tokens that are no sinks, the image, whose mass moves."""
+        rule = self.rule
         image, sinks = self.image.at_keys(attention), self.sinks.at_keys(attention)
         visual = sinks & image
-        if rule.require_visual_sink:
-            rows = rows & visual.any(1, keepdim=True)
+        self._acts = visual.any(1, keepdim=True)
+        if not rule.require_visual_sink:
+            self._acts = torch.ones_like(self._acts)
         whose = {"all": sinks, "text": sinks & ~image, "image": visual}[rule.donors]
         donors = whose if rule.sinks == "found" else self._others(whose, sinks, image, attention)
         kept = image & ~sinks
-        sets = torch.stack([donors, kept & ~donors, kept, image, whose], dim=-1)
-        choose = partial(self._choose, rows, attention.positions)
-        edited = redistributed(attention, sets, columns, choose)
-        return None if edited is attention else edited
+        return torch.stack([donors, kept & ~donors, kept, image, whose], dim=1)
 
     def _choose(
         self,

@@ -469,7 +469,9 @@ class Attention:
         return logits.clamp_min(lowest) if self.edits or self.places is not None else logits
 
     def _weights(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
-        if not any(edit.on_logits for edit in self.edits) and self._fused is not None:
+        # for one row the softmax is cheaper than to copy the keys
+        many = self.n_queries > 1 and not any(edit.on_logits for edit in self.edits)
+        if many and self._fused is not None:
             weights = self._weights_from_lse(block)
         else:
             logits = self._masked(self._logits(block), block)

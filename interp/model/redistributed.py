@@ -52,9 +52,10 @@ class Redistributed(Attention):
         if more or not self.differs_in_edits_only(self.base):
             return super().output()
         z = self.base.output()
-        before = z[:, :, self.queries]
+        every = len(self.queries) == self.n_queries
+        before = z if every else z[:, :, self.queries]
         after = torch.where(self.chosen[..., None], (before + self.added).to(z.dtype), before)
-        return z.index_copy(2, self.queries, after)
+        return after if every else z.index_copy(2, self.queries, after)
 
 
 def redistributed(
@@ -82,22 +83,27 @@ def redistributed(
         shares.append(share)
         chosen.append(here)
         added.append(_mixed(weights * change, attention))
-    whole = torch.cat(chosen, dim=2) if chosen else torch.zeros(0, dtype=torch.bool)
-    if not bool(whole.any()):
+    if not any(bool(part.any()) for part in chosen):
         return attention
+    whole = joined(chosen)
     shape = len(sets), attention.n_heads, attention.n_queries
     edit = Rescale(
         keys=sets[:, None, None, :, 0],
         receivers=sets[:, None, None, :, 1],
-        factor=1 - _in_all_rows(torch.cat(shares, dim=2), queries, shape)[..., None],
+        factor=1 - _in_all_rows(joined(shares), queries, shape)[..., None],
         rows=_in_all_rows(whole, queries, shape)[..., None],
         heads=torch.ones(1, shape[1], 1, 1, dtype=torch.bool, device=sets.device),
     )
     facts = {field.name: getattr(attention, field.name) for field in fields(Attention)}
     facts["edits"] = (*attention.edits, edit)
     return Redistributed(
-        **facts, base=attention, queries=queries, chosen=whole, added=torch.cat(added, dim=2)
+        **facts, base=attention, queries=queries, chosen=whole, added=joined(added)
     )
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Blocks of rows, one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _mixed(
