@@ -515,11 +515,9 @@ class Attention:
     # How a selection is read.
 
     def _index(self, chosen: Chosen, size: int, name: str) -> Int[Tensor, " chosen"]:
-        every = torch.arange(size, device=self.q.device)
-        if chosen is None:
-            return every
-        if isinstance(chosen, slice):
-            return every[chosen]
+        if chosen is None or isinstance(chosen, slice):
+            every = torch.arange(size, device=self.q.device)
+            return every if chosen is None else every[chosen]
         if torch.is_tensor(chosen) and chosen.dtype == torch.bool:
             chosen = chosen.nonzero().flatten()
         index = torch.as_tensor(chosen, dtype=torch.long, device=self.q.device).reshape(-1)
