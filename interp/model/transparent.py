@@ -188,7 +188,7 @@ def make_transparent(model: nn.Module) -> None:
     for block in blocks:
         inside = tuple(_inside(block))
         parts = (block, *(component for _, _, component in inside))
-        everywhere = tuple(one for part in parts for one in part._listeners)
+        everywhere = tuple({id(one): one for part in parts for one in part._listeners}.values())
         block.__dict__.update(_inside=inside, _everywhere=everywhere)
 
 
@@ -225,7 +225,7 @@ def _listeners(component: GeneralizedComponent, wiring: Wiring) -> Iterator[Any]
     inside = component.submodules.values() if isinstance(component, MLPBridge) else ()
     own = (m for part in (component, *inside) for m in part.children() if isinstance(m, HookPoint))
     for point in (*own, *wiring.points[component]):
-        yield from _hooks_on(point)
+        yield from (point._forward_hooks, point._backward_hooks)
     yield Replaced(component.__dict__)
     attention = component if isinstance(component, LazyAttention) else wiring.forked.get(component)
     if attention is not None:
