@@ -3,7 +3,7 @@ plain model's time, and VAR 1.15x.
 
 Beside them stand the hooked model without an edit, and VHR with its choice of heads, which takes a
 pass without the image for each prompt. So that both sides write the same when they are timed, VHR
-scales by 1 and VAR moves a millionth of what it otherwise would, which is as much work as any other
+scales by a millionth more than 1 and VAR moves a millionth, which is as much work as any other
 number; that both move logits at their own strength is checked before.
 """
 

@@ -85,23 +85,23 @@ def redistributed(
         added.append(_mixed(weights * change, attention))
     if not any(bool(part.any()) for part in chosen):
         return attention
-    whole = joined(chosen)
+    whole = _joined(chosen)
     shape = len(sets), attention.n_heads, attention.n_queries
     edit = Rescale(
         keys=sets[:, None, None, :, 0],
         receivers=sets[:, None, None, :, 1],
-        factor=1 - _in_all_rows(joined(shares), queries, shape)[..., None],
+        factor=1 - _in_all_rows(_joined(shares), queries, shape)[..., None],
         rows=_in_all_rows(whole, queries, shape)[..., None],
         heads=torch.ones(1, shape[1], 1, 1, dtype=torch.bool, device=sets.device),
     )
     facts = {field.name: getattr(attention, field.name) for field in fields(Attention)}
     facts["edits"] = (*attention.edits, edit)
     return Redistributed(
-        **facts, base=attention, queries=queries, chosen=whole, added=joined(added)
+        **facts, base=attention, queries=queries, chosen=whole, added=_joined(added)
     )
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     """Blocks of rows, one after the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

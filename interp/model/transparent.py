@@ -59,7 +59,7 @@ class Transparent(GeneralizedComponent):
 
 class TransparentBlock(Transparent):
     """A block. Where nobody listens to anything inside, all of it is what it was before it was
-    hooked, for as long as it runs (no hook runs meanwhile that could attach another)."""
+    hooked, for as long as it runs (none of its hooks runs meanwhile, to attach another)."""
 
     _inside: tuple[tuple[dict[str, Any], str, Transparent], ...] = ()
     _everywhere: tuple[Any, ...] = ()  # `_listeners` of the block and of all that is inside

@@ -1,5 +1,6 @@
 """VHR against its algorithm, written out for one prompt at a time in plain transformers."""
 
+import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
@@ -167,6 +168,14 @@ def test_heads_are_those_that_the_algorithm_chooses(family):
             assert own["distance"].isna().all() == (row == 1)
             assert own["chosen"].sum() == (0 if row == 1 else 2)
             assert not (own["chosen"] & own["outlier"]).any()
+
+
+def test_without_any_strength_heads_are_still_chosen():
+    model = vision.tiny("llava")
+    prompts = prompts_of(model)
+    # below the first reinforced layer nothing differs
+    tables = [VHR(alpha, layers=(0,)).choices(model, prompts) for alpha in (1.0, 2.0)]
+    pd.testing.assert_frame_equal(*tables)
 
 
 def test_written_answers_are_those_of_one_prompt_at_a_time(family):
