@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from interp.intervention.base import InterventionError
 from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
-from interp.model.call import Call, at_places
+from interp.model.call import Call, at_places, to_places
 from interp.model.edits import Block
 
 Spare = Literal["first_over_threshold", "bos"]
@@ -267,10 +267,8 @@ def by_place(
     columns: Shaped[Tensor, "batch heads row key"], attention: Attention, call: Call
 ) -> Shaped[Tensor, "batch heads row place"]:
     """By the places of tokens in their prompt instead of columns; 0 where there is no key."""
-    places = attention.key_positions[:, None, None].expand_as(columns)
-    there = columns * attention.real_keys[:, None, None]
-    size = *columns.shape[:3], call.real_keys.shape[1]
-    return there.new_zeros(size).scatter_add(3, places, there)
+    size = call.real_keys.shape[1]
+    return to_places(columns, attention.key_positions, attention.real_keys, size)
 
 
 def at_columns(

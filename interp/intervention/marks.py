@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from interp.intervention.base import InterventionError
 from interp.intervention.following import check_goes_on
 from interp.model.attention import Attention
-from interp.model.call import Call, When, at_places
+from interp.model.call import Call, When, at_places, to_places
 from interp.model.hooked import HookedModel
 from interp.model.images import of_images
 
@@ -32,8 +32,7 @@ class Marks:
         Raises `InterventionError` where the pass goes on from one that was not seen.
         """
         size = call.real_keys.shape[1]
-        there = (marked & call.rows("prompt")).long()
-        new = there.new_zeros(len(there), size).scatter_add(1, call.positions, there) > 0
+        new = to_places(marked.long(), call.positions, call.rows("prompt"), size) > 0
         if not call.whole:
             self.check_goes_on(call)
             new = new | pad(self._by_place, (0, size - self._by_place.shape[1]))
@@ -51,6 +50,49 @@ class Marks:
     def check_goes_on(self, call: Call) -> None:
         """Raises `InterventionError` unless the prompt of these rows was read before."""
         check_goes_on("this edit", self._by_place, len(call.real_keys))
+
+
+class LayerSets:
+    """Sets of the prompt's tokens in each layer, brought to this pass's keys for all at once.
+
+    One object for each block. While an answer is written only the keys move on, and what would be
+    some small operations in every layer is done once a pass.
+    """
+
+    def __init__(self):
+        self._by_place: dict[int, Bool[Tensor, "batch set place"]] = {}
+        self._prompt: Call | None = None
+        self._call: Call | None = None
+        self._at_keys: dict[int, dict[int, Bool[Tensor, "batch set key"]]] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._by_place
+
+    def begin(self, call: Call) -> None:
+        """A pass with tokens of the prompt, in which layers find their sets anew."""
+        if call is not self._prompt:
+            self._prompt, self._by_place = call, {}
+
+    def add(
+        self, layer: int, sets: Bool[Tensor, "batch set key"], attention: Attention, call: Call
+    ) -> None:
+        """Take down a layer's sets, in a pass with tokens of the prompt or right after it."""
+        places, real = attention.key_positions, attention.real_keys
+        known = to_places(sets.long(), places, real, call.real_keys.shape[1]) > 0
+        self._by_place[layer], self._call = known, None
+
+    def at_keys(
+        self, layer: int, attention: Attention, call: Call
+    ) -> Bool[Tensor, "batch set key"]:
+        """Which keys of a later pass are in a layer's sets."""
+        if call is not self._call:
+            self._call, self._at_keys = call, {}
+        n_keys, places = attention.n_keys, attention.key_positions
+        if n_keys not in self._at_keys:
+            known = torch.stack([sets.to(places.device) for sets in self._by_place.values()], 1)
+            found = at_places(known, places, attention.real_keys).unbind(1)
+            self._at_keys[n_keys] = dict(zip(self._by_place, found, strict=True))
+        return self._at_keys[n_keys][layer].to(places.device)
 
 
 class ImageMarks(Marks):

@@ -27,7 +27,6 @@ clear gain against hallucination: measure it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,10 +36,9 @@ from torch import Tensor
 from interp.analysis.sink_dimensions import phi, scaled_tau, sink_dimensions
 from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.intervention.chosen import check_when, said_when
-from interp.intervention.later_sinks import by_place
-from interp.intervention.marks import ImageMarks, Marks, goes_on_writing
+from interp.intervention.marks import ImageMarks, LayerSets, Marks, goes_on_writing
 from interp.model.attention import Attention
-from interp.model.call import When, at_places
+from interp.model.call import When
 from interp.model.hooked import HookedModel
 from interp.model.images import image_token
 from interp.model.redistributed import Moved, redistributed
@@ -178,9 +176,9 @@ class VAR(Intervention):
             )
         if self.moved == 0:
             return
-        seen = ImageMarks(model)
+        image, sets = ImageMarks(model), LayerSets()
         for layer in chosen_layers(self.layers, model):
-            edit = _Layer(self, model, seen, tau, layer)
+            edit = _Layer(self, model, image, sets, tau, layer)
             yield f"blocks.{layer}.hook_resid_pre", edit.find
             yield f"blocks.{layer}.attn.hook_attention", edit.edit
 
@@ -188,13 +186,19 @@ class VAR(Intervention):
 class _Layer:
     """The edit of one layer, for one block."""
 
-    def __init__(self, rule: VAR, model: HookedModel, image: ImageMarks, tau: float, layer: int):
-        self.rule, self.model, self.image, self.tau = rule, model, image, tau
+    def __init__(
+        self,
+        rule: VAR,
+        model: HookedModel,
+        image: ImageMarks,
+        sets: LayerSets,
+        tau: float,
+        layer: int,
+    ):
+        self.rule, self.model, self.image, self.sets = rule, model, image, sets
+        self.tau, self.layer = tau, layer
         self.sinks = Marks()
         self.seed = rule.seed * 1009 + layer
-        # of the prompts that are being continued, by the places of their tokens
-        self._sets: Tensor | None = None  # Bool[Tensor, "batch set place"]
-        self._acts: Any = None  # Bool[Tensor, "batch 1"]
 
     def find(self, x: Float[Tensor, "batch token d_model"], hook) -> None:
         """Which of the prompt's tokens are sinks of this layer."""
@@ -203,20 +207,19 @@ class _Layer:
         if not goes_on_writing(call):
             sinks = phi(x, self.rule.dimensions) >= self.tau
             self.sinks.add(sinks.to(call.real.device), call)
-            self._sets = None
+            self.sets.begin(call)
 
     def edit(self, attention: Attention, hook) -> Attention | None:
         call = self.model.call
         rows, columns = self.image.text(self.rule.when, call, attention.q.device)
         if not len(columns):
             return None
-        if self._sets is None:
-            sets = self._sets_of(attention)
-            self._sets = by_place(sets[:, :, None].long(), attention, call)[:, :, 0] > 0
+        if self.layer in self.sets:
+            sets = self.sets.at_keys(self.layer, attention, call)
         else:
-            sets = at_places(self._sets, attention.key_positions, attention.real_keys)
-        choose = partial(self._choose, rows & self._acts, attention.positions)
-        edited = redistributed(attention, sets.transpose(1, 2), columns, choose)
+            sets = self._sets_of(attention)
+            self.sets.add(self.layer, sets, attention, call)
+        edited = redistributed(attention, sets, rows, columns, self._choose)
         return None if edited is attention else edited
 
     def _sets_of(self, attention: Attention) -> Bool[Tensor, "batch set key"]:
@@ -224,35 +227,34 @@ class _Layer:
         rule = self.rule
         image, sinks = self.image.at_keys(attention), self.sinks.at_keys(attention)
         visual = sinks & image
-        self._acts = visual.any(1, keepdim=True)
-        if not rule.require_visual_sink:
-            self._acts = torch.ones_like(self._acts)
         whose = {"all": sinks, "text": sinks & ~image, "image": visual}[rule.donors]
         donors = whose if rule.sinks == "found" else self._others(whose, sinks, image, attention)
         kept = image & ~sinks
-        return torch.stack([donors, kept & ~donors, kept, image, whose], dim=1)
+        receivers = kept & ~donors
+        if rule.require_visual_sink:  # a row without receivers stays as it is
+            receivers = receivers & visual.any(1, keepdim=True)
+        return torch.stack([donors, receivers, kept, image, whose], dim=1)
 
     def _choose(
         self,
-        rows: Bool[Tensor, "batch query"],
-        places: Int[Tensor, "batch query"],
         mass: Float[Tensor, "batch head rows set"],
+        allowed: Bool[Tensor, "batch 1 rows"],
         index: Int[Tensor, " rows"],
     ) -> Moved:
         """Which heads look at the picture, row by row, and what share of donors' mass to move."""
         rule = self.rule
         given, _, non_sink, on_image, whole = mass.unbind(-1)
-        chosen = rows[:, None, index].expand(*mass.shape[:3])
+        chosen = allowed
         if rule.choose != "all":
-            chosen = chosen & (on_image >= rule.min_image_mass)
+            chosen = on_image >= rule.min_image_mass
             chosen = chosen & (non_sink >= rule.min_non_sink * on_image)
         if rule.choose == "random":
-            chosen = as_many(chosen, rows[:, None, index], places[:, index], self.seed)
-        share = given.new_full((1, 1, 1), rule.moved)
-        if rule.sinks == "random":
-            tiny = torch.finfo(given.dtype).tiny
-            share = (rule.moved * whole / given.clamp_min(tiny)).clamp(0, 1)
-        return Moved(chosen, share)
+            places = self.model.call.positions.to(mass.device)
+            chosen = as_many(chosen & allowed, allowed, places[:, index], self.seed)
+        if rule.sinks == "found":
+            return Moved(chosen, rule.moved)
+        tiny = torch.finfo(given.dtype).tiny
+        return Moved(chosen, (rule.moved * whole / given.clamp_min(tiny)).clamp(0, 1))
 
     def _others(
         self,

@@ -13,8 +13,9 @@ Edits return a new `Attention` and compose: logit edits first, weight edits afte
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import cache, wraps
 from math import isqrt
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -327,10 +328,14 @@ class Attention:
 
     # How it is computed.
 
+    def facts(self) -> dict[str, Any]:
+        """What an `Attention` of a more special kind is made from."""
+        return {name: self.__dict__[name] for name in _facts()}
+
     def differs_in_edits_only(self, other: "Attention") -> bool:
         """Is all but the edits the same?"""
-        names = (fact.name for fact in fields(Attention) if fact.name != "edits")
-        return all(getattr(self, name) is getattr(other, name) for name in names)
+        own, others = self.__dict__, other.__dict__
+        return all(own[name] is others[name] for name in _facts() if name != "edits")
 
     @property
     def _turning(self) -> Rotary:
@@ -419,7 +424,8 @@ class Attention:
 
     def _scaled_queries(self, block: Block) -> Float[Tensor, "batch heads rows d_head"]:
         q = self.q if block.heads is None else self.q[:, block.heads]
-        return q[:, :, block.rows].float() * self.scale
+        q = q if len(block.rows) == self.n_queries == 1 else q[:, :, block.rows]
+        return q.float() * self.scale
 
     def product(
         self,
@@ -539,6 +545,11 @@ class Attention:
         if rows.dim() == 2:  # [batch query]
             rows = rows[:, None]
         return rows[(None,) * (3 - rows.dim())][..., None]
+
+
+@cache
+def _facts() -> tuple[str, ...]:
+    return tuple(fact.name for fact in fields(Attention))
 
 
 def whole_layer(selection: Bool[Tensor, "..."]) -> Bool[Tensor, "#batch #head #query key"]:

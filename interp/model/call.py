@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 Phase = Literal["prompt", "generated"]
 When = Literal["prompt", "generated", "both"]
@@ -99,6 +100,30 @@ class Call:
             return torch.tensor(self.prompts.lengths, device=self.real_keys.device)
         return self.real_keys[:, : self.prompt_width].sum(1)
 
+    def facts(self, n_keys: int, device: torch.device) -> dict[str, Tensor]:
+        """Positions and padding of queries and keys in layers that see the last `n_keys` keys.
+
+        The same tensors for all such layers.
+        """
+        if (n_keys, device) not in self._facts:
+            real_keys, key_positions = self.real_keys[:, -n_keys:], self.key_positions[:, -n_keys:]
+            if unfilled := n_keys - real_keys.shape[1]:  # slots of a static cache
+                real_keys, key_positions = (
+                    pad(x, (0, unfilled)) for x in (real_keys, key_positions)
+                )
+            facts = {
+                "positions": self.positions,
+                "key_positions": key_positions,
+                "real_queries": self.real,
+                "real_keys": real_keys,
+            }
+            self._facts[n_keys, device] = {name: fact.to(device) for name, fact in facts.items()}
+        return self._facts[n_keys, device]
+
+    @cached_property
+    def _facts(self) -> dict[tuple[int, torch.device], dict[str, Tensor]]:
+        return {}
+
     def rows(self, when: When) -> Bool[Tensor, "batch token"]:
         """The real tokens of this pass that belong to the prompt, are generated, or both."""
         if when == "both":
@@ -156,12 +181,25 @@ class Running:
         return before.prompt_width if goes_on else past
 
 
+def to_places(
+    known: Shaped[Tensor, "batch *of token"],
+    places: Int[Tensor, "batch token"],
+    real: Bool[Tensor, "batch token"],
+    size: int,
+) -> Shaped[Tensor, "batch *of place"]:
+    """What is known of these tokens, by their places in their prompts; 0 where there is none."""
+    axes = (slice(None), *[None] * (known.dim() - 2))
+    there = known * real[axes]
+    found = there.new_zeros(*known.shape[:-1], size)
+    return found.scatter_add(-1, places[axes].expand_as(there), there)
+
+
 def at_places(
     known: Shaped[Tensor, "batch *of place"],
     places: Int[Tensor, "batch token"],
     real: Bool[Tensor, "batch token"],
 ) -> Shaped[Tensor, "batch *of token"]:
-    """What is known by the places of tokens in their prompts, for these tokens.
+    """The way back: what is known by the places of tokens in their prompts, for these tokens.
 
     False or 0 for padding, and for tokens that came later. (Padding, a window or a static cache
     moves columns about, not places.)

@@ -13,7 +13,7 @@ computed from its weights (`Attention.rescale`, which also says what happens to 
 others), and so is all attention whose rows do not sum to 1 or are no plain softmax.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -50,8 +50,9 @@ def damped(
     unlike = (attention.softcap, attention.sink_logits, attention.places)
     if attention.edits or any(fact is not None for fact in unlike):
         return edited
-    facts = {field.name: getattr(edited, field.name) for field in fields(Attention)}
-    return Damped(**facts, base=attention, heads=heads, keys=keys, factor=factor, rows=rows)
+    return Damped(
+        **edited.facts(), base=attention, heads=heads, keys=keys, factor=factor, rows=rows
+    )
 
 
 def _edit(

@@ -6,7 +6,7 @@ same along them; it is applied to one `Block` of query rows at a time and return
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,8 +39,19 @@ class Block:
         return whole[..., : self.n_keys] if whole.shape[3] > 1 else whole
 
 
+class Edit:
+    """An edit, and which heads it may touch."""
+
+    on_logits: ClassVar[bool]
+    heads: Any  # Bool[Tensor, "1 heads 1 1"]
+
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        """A block of logits, or of weights, edited."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class Bias:
+class Bias(Edit):
     """logits + delta at the chosen heads, queries and keys."""
 
     delta: Float[Tensor, "#batch #head #query #key"] | Callable[[Tensor], Tensor]
@@ -49,26 +60,26 @@ class Bias:
     keys: Bool[Tensor, "1 1 1 keys"]
     on_logits: ClassVar[bool] = True
 
-    def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
-        delta = self.delta(logits) if callable(self.delta) else block.of(self.delta)
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        delta = self.delta(values) if callable(self.delta) else block.of(self.delta)
         chosen = block.of(self.heads) & block.of(self.queries) & block.of(self.keys)
-        return torch.where(chosen, logits + delta, logits)
+        return torch.where(chosen, values + delta, values)
 
 
 @dataclass(frozen=True, eq=False)
-class Temperature:
+class Temperature(Edit):
     """logits / temperature, per head and query; 1 where a head is not chosen."""
 
     temperature: Float[Tensor, "#batch head #query 1"]
     heads: Bool[Tensor, "1 heads 1 1"]
     on_logits: ClassVar[bool] = True
 
-    def apply(self, logits: Tensor, block: Block, visible: Tensor | None) -> Tensor:
-        return torch.where(block.of(self.heads), logits / block.of(self.temperature), logits)
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        return torch.where(block.of(self.heads), values / block.of(self.temperature), values)
 
 
 @dataclass(frozen=True, eq=False)
-class Rescale:
+class Rescale(Edit):
     """Weights of `keys` times `factor`; `receivers` take up the freed mass in proportion."""
 
     keys: Bool[Tensor, "#batch #head #query key"]
@@ -78,19 +89,19 @@ class Rescale:
     heads: Bool[Tensor, "1 heads 1 1"]
     on_logits: ClassVar[bool] = False
 
-    def apply(self, weights: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
         keys, receivers = block.of(self.keys), block.of(self.receivers)
         freed = 1 - block.of(self.factor)
-        given = (weights * keys).sum(-1, keepdim=True)
-        held = (weights * receivers).sum(-1, keepdim=True)
+        given = (values * keys).sum(-1, keepdim=True)
+        held = (values * receivers).sum(-1, keepdim=True)
         gain = freed * given / held.clamp_min(LEAST_RECEIVED)
-        edited = weights * (1 - freed * keys + gain * receivers)
+        edited = values * (1 - freed * keys + gain * receivers)
         chosen = block.of(self.heads) & block.of(self.rows) & (held >= LEAST_RECEIVED)
-        return torch.where(chosen, edited, weights)
+        return torch.where(chosen, edited, values)
 
 
 @dataclass(frozen=True, eq=False)
-class SetRows:
+class SetRows(Edit):
     """Whole rows replaced: by `weights`, or (None) by equal weights on all visible keys."""
 
     weights: Float[Tensor, "#batch #head #query key"] | None
@@ -103,15 +114,12 @@ class SetRows:
         """Given weights may lie on hidden keys too."""
         return self.weights is not None
 
-    def apply(self, weights: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
         if self.weights is not None:
-            new = block.of(self.weights).to(weights.dtype)
+            new = block.of(self.weights).to(values.dtype)
         elif visible is None:
-            new = torch.full_like(weights, 1 / weights.shape[-1])
+            new = torch.full_like(values, 1 / values.shape[-1])
         else:
             seen = visible.sum(-1, keepdim=True).clamp_min(1)
-            new = (visible / seen).to(weights.dtype)
-        return torch.where(block.of(self.heads) & block.of(self.rows), new, weights)
-
-
-Edit = Bias | Temperature | Rescale | SetRows
+            new = (visible / seen).to(values.dtype)
+        return torch.where(block.of(self.heads) & block.of(self.rows), new, values)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
@@ -87,7 +86,8 @@ class LazyAttention(AttentionBridge):
         """hook_in -> the wrapped module -> hook_out; or the bridge's own path where it must."""
         if self.must_be_eager:
             return self._forward_eager(*args, **kwargs)
-        self._captured_pre_ln_residual = None
+        own = self.__dict__  # the bridge's __setattr__ asks whose the name is, each time
+        own["_captured_pre_ln_residual"] = None
         if "hidden_states" in kwargs:
             kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
         else:
@@ -95,7 +95,7 @@ class LazyAttention(AttentionBridge):
         if kwargs.get("position_embeddings") is not None and "hook_cos" in self._modules:
             rotation = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
             kwargs["position_embeddings"] = rotation
-        self._angles = kwargs.get("position_embeddings")
+        own["_angles"] = kwargs.get("position_embeddings")
         output = self.original_component(*args, **kwargs)
         first, *rest = output if isinstance(output, tuple) else (output,)
         if isinstance(self, JointQKVAttentionBridge):
@@ -304,21 +304,15 @@ def token_facts(call: Call | None, query: Tensor, key: Tensor) -> dict[str, Any]
     """
     batch, n_queries, n_keys = len(query), query.shape[2], key.shape[2]
     if call is not None and call.n_tokens == n_queries and len(call.real_keys) == batch:
-        real_keys, key_positions = call.real_keys[:, -n_keys:], call.key_positions[:, -n_keys:]
-        if unfilled := n_keys - real_keys.shape[1]:  # slots of a static cache
-            real_keys, key_positions = (pad(x, (0, unfilled)) for x in (real_keys, key_positions))
-        real_queries, positions = call.real, call.positions
-    else:
-        key_positions = torch.arange(n_keys, device=key.device).expand(batch, n_keys)
-        real_keys = torch.ones_like(key_positions, dtype=torch.bool)
-        real_queries, positions = real_keys[:, -n_queries:], key_positions[:, -n_queries:]
-    facts = {
-        "positions": positions,
+        return call.facts(n_keys, key.device)
+    key_positions = torch.arange(n_keys, device=key.device).expand(batch, n_keys)
+    real_keys = torch.ones_like(key_positions, dtype=torch.bool)
+    return {
+        "positions": key_positions[:, -n_queries:],
         "key_positions": key_positions,
-        "real_queries": real_queries,
+        "real_queries": real_keys[:, -n_queries:],
         "real_keys": real_keys,
     }
-    return {name: fact.to(key.device) for name, fact in facts.items()}
 
 
 def attention_of_pattern(

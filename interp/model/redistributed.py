@@ -12,26 +12,61 @@ and so, with u_A the sum over j in A of a_ij v_j,
 which needs the weights of the rows that are edited, and leaves all others to the fast kernel.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.model.attention import Attention
-from interp.model.edits import LEAST_RECEIVED, Rescale
+from interp.model.edits import LEAST_RECEIVED, Block, Edit, Rescale
 
 
 class Moved(NamedTuple):
     """In which rows weight is moved, and how much of what the donors hold."""
 
     rows: Bool[Tensor, "batch head rows"]
-    share: Float[Tensor, "#batch #head #rows"]
+    share: Float[Tensor, "#batch #head #rows"] | float
 
 
-Choose = Callable[[Float[Tensor, "batch head rows set"], Int[Tensor, " rows"]], Moved]
+Choose = Callable[
+    [Float[Tensor, "batch head rows set"], Bool[Tensor, "batch 1 rows"], Int[Tensor, " rows"]],
+    Moved,
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Moving(Edit):
+    """The `Rescale` that `redistributed` stands for, made when somebody asks for weights."""
+
+    sets: Bool[Tensor, "batch set key"]
+    queries: Int[Tensor, " rows"]
+    chosen: Bool[Tensor, "batch head rows"]
+    share: Float[Tensor, "batch head rows"]
+    n_queries: int
+    on_logits: ClassVar[bool] = False
+
+    @cached_property
+    def heads(self) -> Bool[Tensor, "1 head 1 1"]:
+        """All of the layer's."""
+        return self.chosen.new_ones(1, self.chosen.shape[1], 1, 1)
+
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        return self._rescale.apply(values, block, visible)
+
+    @cached_property
+    def _rescale(self) -> Rescale:
+        donors, receivers = (self.sets[:, None, None, which] for which in (0, 1))
+        rows, share = self._in_all_rows(self.chosen), self._in_all_rows(self.share)
+        return Rescale(donors, receivers, 1 - share[..., None], rows[..., None], self.heads)
+
+    def _in_all_rows(self, part: Shaped[Tensor, "batch head rows"]) -> Tensor:
+        """At its rows; 0 in all others."""
+        whole = part.new_zeros(*part.shape[:2], self.n_queries)
+        return whole.index_copy(2, self.queries, part)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,50 +95,45 @@ class Redistributed(Attention):
 
 def redistributed(
     attention: Attention,
-    sets: Bool[Tensor, "batch key set"],
+    sets: Bool[Tensor, "batch set key"],
+    allowed: Bool[Tensor, "batch query"],
     queries: Int[Tensor, " rows"],
     choose: Choose,
 ) -> Attention:
     """Move weight from the first of some sets of keys to the second, in rows that `choose` says.
 
-    `choose` is asked block by block: what rows hold on each set, and which rows they are. The same
-    as `attention.rescale(donors, 1 - share, receivers, rows=...)`, and less work. A row whose
+    Only `allowed` rows are edited; `queries` are those that any prompt allows, in order. `choose`
+    is asked block by block: what rows hold on each set, which are allowed, and their numbers. The
+    same as `attention.rescale(donors, 1 - share, receivers, rows=...)`, and less work. A row whose
     receivers hold less than 1e-6 stays as it is; without any row left, `attention` itself.
     """
-    shares, chosen, added = [], [], []
-    for rows, weights in attention.blocks(None, queries):
-        members = sets[:, None, : weights.shape[-1]].to(weights.dtype)
-        mass = weights @ members
+    every = len(queries) == attention.n_queries
+    members, found = sets.float(), []
+    for rows, weights in attention.blocks(None, None if every else queries):
+        seen = members[..., : weights.shape[-1]]
+        mass = (weights.flatten(1, 2) @ seen.mT).unflatten(1, weights.shape[1:3])
+        may = allowed[:, None] if len(rows) == allowed.shape[1] else allowed[:, None, rows]
+        moved = choose(mass, may, rows)
         given, held = mass[..., 0], mass[..., 1]
-        moved = choose(mass, rows)
-        here = moved.rows & (held >= LEAST_RECEIVED)
-        share = torch.where(here, moved.share, 0.0)
+        here = moved.rows & may & (held >= LEAST_RECEIVED)
+        if not bool(here.any()):
+            continue
+        share = here * moved.share
         gain = share * given / held.clamp_min(LEAST_RECEIVED)
-        change = torch.stack([-share, gain], dim=-1) @ members[..., :2].transpose(-1, -2)
-        shares.append(share)
-        chosen.append(here)
-        added.append(_mixed(weights * change, attention))
-    if not any(bool(part.any()) for part in chosen):
+        change = torch.stack([-share, gain], dim=-1) @ seen[:, None, :2]
+        found.append((rows, here, share, _mixed(weights * change, attention)))
+    if not found:
         return attention
-    whole = _joined(chosen)
-    shape = len(sets), attention.n_heads, attention.n_queries
-    edit = Rescale(
-        keys=sets[:, None, None, :, 0],
-        receivers=sets[:, None, None, :, 1],
-        factor=1 - _in_all_rows(_joined(shares), queries, shape)[..., None],
-        rows=_in_all_rows(whole, queries, shape)[..., None],
-        heads=torch.ones(1, shape[1], 1, 1, dtype=torch.bool, device=sets.device),
-    )
-    facts = {field.name: getattr(attention, field.name) for field in fields(Attention)}
-    facts["edits"] = (*attention.edits, edit)
-    return Redistributed(
-        **facts, base=attention, queries=queries, chosen=whole, added=_joined(added)
-    )
+    parts = zip(zip(*found, strict=True), (0, 2, 2, 2), strict=True)
+    queries, chosen, share, added = (_joined(blocks, axis) for blocks, axis in parts)
+    edit = Moving(sets, queries, chosen, share, attention.n_queries)
+    facts = attention.facts() | {"edits": (*attention.edits, edit)}
+    return Redistributed(**facts, base=attention, queries=queries, chosen=chosen, added=added)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Blocks of rows, one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _mixed(
@@ -113,10 +143,3 @@ def _mixed(
     v = attention.v[:, :, : weights.shape[-1]].float()
     stacked = weights.reshape(len(v), v.shape[1], -1, weights.shape[-1])
     return (stacked @ v).view(*weights.shape[:3], v.shape[-1])
-
-
-def _in_all_rows(part: Tensor, queries: Int[Tensor, " rows"], shape: tuple[int, int, int]):
-    """At its rows; 0 in all others."""
-    if len(queries) == shape[2]:
-        return part
-    return part.new_zeros(shape).index_copy(2, queries, part)

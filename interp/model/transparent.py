@@ -4,11 +4,13 @@ A bridge wraps each module of a model, and every wrapper takes some microseconds
 nothing to do. Of a pass over many tokens that is nothing; of a generated token, for which most of
 300 wrapped modules have one row to multiply, it is a fifth.
 
-Whether somebody listens is asked at each call, so a hook acts from the moment that it is attached.
+Whether somebody listens is asked when a block or a component is called. While a block runs, what
+nobody listens to in it is left out; a hook that is attached meanwhile has it put back, so a hook
+acts from the moment that it is attached.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import Parameter, signature
@@ -44,11 +46,15 @@ class Transparent(GeneralizedComponent):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(self._listeners) or self.must_act(args, kwargs):
             return self.act(*args, **kwargs)
-        return self._modules["_original_component"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        return self._wrapped(*args, **kwargs)
+
+    @property
+    def _wrapped(self) -> Any:
+        return self._modules["_original_component"]
 
     def act(self, *args: Any, **kwargs: Any) -> Any:
         """What the bridge does; it looks for offloaded weights each time, which few models have."""
-        if "_hf_hook" in vars(self._modules["_original_component"]):
+        if "_hf_hook" in vars(self._wrapped):
             return super().__call__(*args, **kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
@@ -57,25 +63,59 @@ class Transparent(GeneralizedComponent):
         return self.compatibility_mode
 
 
-class TransparentBlock(Transparent):
-    """A block. Where nobody listens to anything inside, all of it is what it was before it was
-    hooked, for as long as it runs (none of its hooks runs meanwhile, to attach another)."""
+# of the blocks that run at the moment: where what was left out stands, and what that is
+Place = tuple[dict[str, Any], str, Any]
+left_out: dict[int, list[Place]] = {}
 
-    _inside: tuple[tuple[dict[str, Any], str, Transparent], ...] = ()
+
+def put_back(places: list[Place]) -> None:
+    """Components where they stood."""
+    for modules, name, component in places:
+        modules[name] = component
+
+
+class Waking(nn.Module):
+    """Made by `make_transparent` of all that hooks are attached to: it is not left out then."""
+
+
+def _waking(name: str) -> Callable:
+    def register(self, *args: Any, **kwargs: Any) -> Any:
+        for places in list(left_out.values()):
+            put_back(places)
+        return getattr(super(Waking, self), name)(*args, **kwargs)
+
+    return register
+
+
+for _name in ("forward_pre", "forward", "full_backward_pre", "full_backward", "backward"):
+    setattr(Waking, f"register_{_name}_hook", _waking(f"register_{_name}_hook"))
+
+
+class TransparentBlock(Transparent):
+    """A block; what is inside is left out as a whole, where nobody listens to any of it."""
+
+    _inside: tuple[Place, ...] = ()
     _everywhere: tuple[Any, ...] = ()  # `_listeners` of the block and of all that is inside
+    _eager: Any = False  # true where lazy attention inside has to be eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(self._everywhere) or self.must_act(args, kwargs):
-            return super().__call__(*args, **kwargs)
+        if self.must_act(args, kwargs):
+            return self.act(*args, **kwargs)
+        listened = any(self._everywhere)
         # somebody may have put something else in a component's place, which then stays
-        there = [(m, name, one) for m, name, one in self._inside if m[name] is one]
-        for modules, name, component in there:
-            modules[name] = component._modules["_original_component"]
+        places = [
+            (modules, name, component)
+            for modules, name, component in self._inside
+            if modules[name] is component and not (listened and any(component._listeners))
+        ]
+        for modules, name, component in places:
+            modules[name] = component._wrapped
+        left_out[id(places)] = places
         try:
-            return self._modules["_original_component"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+            return super().__call__(*args, **kwargs) if listened else self._wrapped(*args, **kwargs)
         finally:
-            for modules, name, component in there:
-                modules[name] = component
+            del left_out[id(places)]
+            put_back(places)
 
     def must_act(self, args: tuple, kwargs: dict) -> bool:
         own = self.__dict__
@@ -84,6 +124,15 @@ class TransparentBlock(Transparent):
         alone = len(args) + len(kwargs) == 1
         told = alone or stops is not None or starts is not None
         return told or self.compatibility_mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The bridge's, without looking for modes that are off."""
+        if self.must_act(args, kwargs) or self._eager:
+            return super().forward(*args, **kwargs)
+        args, kwargs = self._hook_input_hidden_states(args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        kwargs = self._filter_kwargs_for_forward(kwargs, len(args))
+        output = self._wrapped(*args, **kwargs)
+        return self._apply_output_hook(output)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _filter_kwargs_for_forward(self, kwargs: dict, num_positional_args: int = 0) -> dict:
         """The bridge reads the signature each time."""
@@ -108,12 +157,15 @@ def _takes_any(kind: type) -> bool:
 
 @dataclass(eq=False)
 class Replaced:
-    """True where somebody gave a component a `forward` of their own, to be called."""
+    """True where somebody gave one of some components a `forward` of their own, to be called."""
 
-    own: dict[str, Any]
+    own: tuple[dict[str, Any], ...]
 
     def __bool__(self) -> bool:
-        return "forward" in self.own
+        for own in self.own:  # noqa: SIM110, a generator takes longer
+            if "forward" in own:
+                return True
+        return False
 
 
 @dataclass(eq=False)
@@ -131,12 +183,13 @@ class Wiring:
     """What the bridge has attached to its own components, so that it is not taken for a listener.
 
     `known`: ids of hooks. `points`, by component: hook points that those hooks fire. `forked`: the
-    attention that reads its norm's input, where it has to be eager.
+    attention that reads its norm's input, where it has to be eager; `eager`: whether it has to be.
     """
 
     known: set[int] = field(default_factory=set)
     points: dict[nn.Module, list[HookPoint]] = field(default_factory=lambda: defaultdict(list))
     forked: dict[nn.Module, LazyAttention] = field(default_factory=dict)
+    eager: dict[LazyAttention, Eager] = field(default_factory=dict)
 
     def of_block(self, block: BlockBridge) -> None:
         """The hooks by which a block captures what goes into its norms or its MLP."""
@@ -177,19 +230,29 @@ def make_transparent(model: nn.Module) -> None:
             wiring.of_attention(module)
     blocks: list[TransparentBlock] = []
     for component in modules:
+        if isinstance(component, HookPoint):
+            component.__class__ = _in_front((Waking,), type(component))
         front = _front(component)
         if front is None:
             continue
-        kind = type(component)
-        component.__class__ = type(f"Transparent{kind.__name__}", (front, kind), {})
+        component.__class__ = _in_front((front, Waking), type(component))
         component.__dict__["_listeners"] = tuple(_listeners(component, wiring))
         if isinstance(component, TransparentBlock):
             blocks.append(component)
     for block in blocks:
         inside = tuple(_inside(block))
         parts = (block, *(component for _, _, component in inside))
-        everywhere = tuple({id(one): one for part in parts for one in part._listeners}.values())
-        block.__dict__.update(_inside=inside, _everywhere=everywhere)
+        each = {id(one): one for part in parts for one in part._listeners}.values()
+        own = tuple(own for one in each if isinstance(one, Replaced) for own in one.own)
+        others = tuple(one for one in each if not isinstance(one, Replaced))
+        everywhere = (*others, Replaced(own))
+        eager = next((one for one in everywhere if isinstance(one, Eager)), False)
+        block.__dict__.update(_inside=inside, _everywhere=everywhere, _eager=eager)
+
+
+@cache
+def _in_front(fronts: tuple[type, ...], kind: type) -> type:
+    return type(f"{fronts[0].__name__}{kind.__name__}", (*fronts, kind), {})
 
 
 def _front(component: nn.Module) -> type[Transparent] | None:
@@ -226,10 +289,10 @@ def _listeners(component: GeneralizedComponent, wiring: Wiring) -> Iterator[Any]
     own = (m for part in (component, *inside) for m in part.children() if isinstance(m, HookPoint))
     for point in (*own, *wiring.points[component]):
         yield from (point._forward_hooks, point._backward_hooks)
-    yield Replaced(component.__dict__)
+    yield Replaced((component.__dict__,))
     attention = component if isinstance(component, LazyAttention) else wiring.forked.get(component)
     if attention is not None:
-        yield Eager(attention)
+        yield wiring.eager.setdefault(attention, Eager(attention))
 
 
 def _hooks_on(module: nn.Module) -> Iterator[Mapping[int, Any]]:

@@ -99,6 +99,46 @@ def test_a_hook_acts_from_the_moment_that_it_is_attached():
     assert torch.equal(run(model, "llama"), before)
 
 
+@pytest.mark.parametrize("by", ["a hook point", "torch"])
+def test_a_hook_that_is_attached_while_its_block_runs_acts_too(by):
+    model = tiny("llama")
+    component, handles = model.blocks[1].mlp.out, []
+
+    def attach(value, hook):
+        if by == "torch":
+            zero = component.register_forward_hook(lambda module, args, output: 0 * output)
+        else:
+            point = component.hook_out
+            point.add_hook(lambda value, hook: 0 * value)
+            zero = point.fwd_hooks[-1].hook
+        handles.append(zero)
+
+    before = run(model, "llama")
+    try:
+        during = run(model, "llama", [("blocks.1.attn.hook_z", attach)])
+    finally:
+        component.hook_out.remove_hooks()
+        for handle in handles:
+            handle.remove()
+    nothing = [("blocks.1.mlp.out.hook_out", lambda value, hook: 0 * value)]
+    assert torch.equal(during, run(model, "llama", nothing)) and not torch.equal(during, before)
+    assert torch.equal(run(model, "llama"), before)
+
+
+def test_a_pass_within_a_hook_leaves_the_pass_around_it_alone():
+    model, inner, begun = tiny("llama"), [], []
+    looks = [("blocks.1.mlp.hook_out", lambda value, hook: inner.append(value))]
+
+    def again(value, hook):
+        if not begun:
+            begun.append(True)
+            run(model, "llama", looks)
+
+    outer = run(model, "llama", [("blocks.1.attn.hook_z", again)])
+    assert torch.equal(outer, run(model, "llama")) and len(inner) == 1
+    assert isinstance(model.blocks[1].original_component.mlp, Transparent)
+
+
 @pytest.mark.parametrize("place", ["blocks.1", "blocks.1.attn", "blocks.1.ln2", "blocks.1.mlp.out"])
 def test_torchs_own_hooks_on_a_component_fire(place):
     model, fired = tiny("llama"), []
