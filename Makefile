@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format notebooks
+.PHONY: help demo test test-slow test-cuda bench lint format notebooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: .venv/.stamp  ## the quick tests
 
 test-slow: .venv/.stamp  ## the slow tests
 	$(PYTEST) -m slow
+
+test-cuda: .venv/.stamp  ## what the CPU says, CUDA says too (needs a GPU)
+	INTERP_TEST_CUDA=1 $(PYTEST) tests/test_cuda.py
 
 bench: .venv/.stamp  ## ratios against what one would otherwise call
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m benchmarks

@@ -380,11 +380,11 @@ class Attention:
 
         Not with gradients (the kernel's lse carries none), nor with a mask (it takes no boolean).
         """
-        special = (self.softcap, self.sink_logits, self.mask, self.places)
-        plain = all(x is None for x in special)
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k))
+        if self.mask is not None or self.softcap is not None or self.sink_logits is not None:
+            return None
+        needs_grad = torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad)
         same_width = self.q.shape[-1] == self.v.shape[-1]
-        if not plain or needs_grad or not same_width or self.q.device.type != "cpu":
+        if self.places is not None or needs_grad or not same_width or self.q.device.type != "cpu":
             return None
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(self.q, self.k, self.v, 0.0, self.causal, scale=self.scale)

@@ -60,10 +60,21 @@ AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
+def heard(point: HookPoint) -> bool:
+    """Does anybody listen? (`has_hooks` asks every hook what it is.)"""
+    return bool(point._forward_hooks or point._backward_hooks)
+
+
+def fired(point: HookPoint, value: Any) -> Any:
+    """What a hook point makes of a value."""
+    return point(value) if heard(point) else value
+
+
 class LazyAttention(AttentionBridge):
     """Mixed into a bridge's attention component by `make_lazy`; adds `hook_attention`."""
 
     hook_attention: HookPoint
+    _angle_points: tuple[HookPoint, ...]  # of the rotation's cos and sin
     _eyes: tuple[Mapping, ...]  # torch's hooks on what the fused kernel does not show
     forward_of_bridge: Callable  # what the bridge itself would run
     # modules inside that fire hooks of this component: the torch hook that does it, which hooks
@@ -86,21 +97,21 @@ class LazyAttention(AttentionBridge):
         """hook_in -> the wrapped module -> hook_out; or the bridge's own path where it must."""
         if self.must_be_eager:
             return self._forward_eager(*args, **kwargs)
-        own = self.__dict__  # the bridge's __setattr__ asks whose the name is, each time
+        own, points = self.__dict__, self._modules  # the bridge would ask whose a name is
         own["_captured_pre_ln_residual"] = None
         if "hidden_states" in kwargs:
-            kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
+            kwargs["hidden_states"] = fired(points["hook_in"], kwargs["hidden_states"])
         else:
-            args = (self.hook_in(args[0]), *args[1:])
-        if kwargs.get("position_embeddings") is not None and "hook_cos" in self._modules:
-            rotation = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
-            kwargs["position_embeddings"] = rotation
+            args = (fired(points["hook_in"], args[0]), *args[1:])
+        rotation = kwargs.get("position_embeddings")
+        if rotation is not None and any(map(heard, self._angle_points)):
+            kwargs["position_embeddings"] = self._apply_position_embedding_hooks(rotation)
         own["_angles"] = kwargs.get("position_embeddings")
         output = self.original_component(*args, **kwargs)
         first, *rest = output if isinstance(output, tuple) else (output,)
         if isinstance(self, JointQKVAttentionBridge):
             first = self.hook_hidden_states(first)
-        first = self.hook_out(first)
+        first = fired(points["hook_out"], first)
         return (first, *rest) if isinstance(output, tuple) else first
 
     def _forward_eager(self, *args, **kwargs):
@@ -128,9 +139,10 @@ class LazyAttention(AttentionBridge):
 
     def attend(self, module, query, key, value, mask, **kwargs):
         """Fire the hooks between the projections; z, and the pattern where it was made."""
-        if "hook_rot_q" in self._modules:
+        points = self._modules
+        if "hook_rot_q" in points:
             # all keys, cached ones too, so that an edit means the same at every step
-            query, key = self.hook_rot_q(query), self.hook_rot_k(key)
+            query, key = fired(points["hook_rot_q"], query), fired(points["hook_rot_k"], key)
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         n_queries = query.shape[2]
@@ -150,21 +162,20 @@ class LazyAttention(AttentionBridge):
             rotary=self._rotary(module, facts["positions"], facts["real_queries"]),
             **facts,
         )
-        attention = self.hook_attention(attention)
-        if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
+        attention = points["hook_attention"](attention)
+        if heard(points["hook_attn_scores"]) or heard(points["hook_pattern"]):
             z, pattern = self._through_pattern(attention)
         else:
             z, pattern = attention.output(), None
         return z.transpose(1, 2).contiguous(), pattern
 
     def _rotary(self, module: nn.Module, positions: Tensor, real: Tensor) -> Rotary | None:
-        if not self.hook_attention.has_hooks():
-            return None  # nobody to turn anything for
+        own = self.__dict__
+        angles, rotations = own["_angles"], own["_rotations"]
+        if angles is None or rotations is None or not heard(self._modules["hook_attention"]):
+            return None  # nothing to turn, or nobody to turn it for
         function = rotary_function(type(module))
-        if function is None or self._angles is None or self._rotations is None:
-            return None
-        known = tuple(self._rotations.made.values())
-        return Rotary(function, self._angles, known, positions, real)
+        return None if function is None else rotations.of(function, angles, positions, real)
 
     def _through_pattern(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """z by way of the whole matrix, for hooks on scores and pattern."""
@@ -219,6 +230,10 @@ def make_lazy(
     component._running, component._lazy = (running if has_tokens else Running()), lazy
     component._rotations, component._angles = (rotations if has_tokens else None), None
     component.fires = []
+    names = ("hook_cos", "hook_sin")
+    component._angle_points = tuple(
+        component._modules[name] for name in names if name in component._modules
+    )
     component._eyes = tuple(
         hooks
         for name in BETWEEN

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from interp.errors import UserError
 from interp.model.call import Prompts
 from interp.model.hooked import HookedModel
+from interp.model.transparent import stands_in
 
 KeysAndValues = tuple[
     Float[Tensor, "batch kv_head token d_head"], Float[Tensor, "batch kv_head token d_value"]
@@ -277,19 +278,17 @@ def passing_over(model: HookedModel, layer: int, hidden: Tensor) -> Iterator[Non
     def enter(value: Tensor, hook) -> Tensor:
         return hidden
 
-    for block in model.blocks[:layer]:
-        # through __dict__: the bridge would forward the attribute to the block that it wraps
-        block.__dict__["forward"] = _hand_on
     entry = model.hook_dict[f"blocks.{layer}.hook_resid_pre"]
     entry.add_hook(enter, prepend=True)
     handle = entry.fwd_hooks[0]
     try:
-        yield
+        with ExitStack() as stack:
+            for block in model.blocks[:layer]:
+                stack.enter_context(stands_in(block, _hand_on))
+            yield
     finally:
         handle.hook.remove()
         entry.fwd_hooks.remove(handle)
-        for block in model.blocks[:layer]:
-            del block.__dict__["forward"]
 
 
 @contextmanager
@@ -310,11 +309,8 @@ def _last_mlp_at(model: HookedModel, columns: Int[Tensor, " read"]) -> Iterator[
             return whole(hidden_states, *args, **kwargs)
         return torch.zeros_like(hidden_states).index_copy(1, columns, found)
 
-    mlp.__dict__["forward"] = forward
-    try:
+    with stands_in(mlp, forward):
         yield
-    finally:
-        del mlp.__dict__["forward"]
 
 
 def _hand_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:

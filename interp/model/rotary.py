@@ -74,6 +74,7 @@ class Rotations:
     """What each rotary module of a model gave last; shared by the model's attention layers."""
 
     made: dict[tuple, Made] = field(default_factory=dict)
+    _last: "Rotary | None" = None
 
     def watch(self, model: nn.Module) -> "Rotations":
         """Note what the rotary modules of `model` give from now on."""
@@ -82,6 +83,15 @@ class Rotations:
             if "RotaryEmbedding" in type(module).__name__ and not wrapped:
                 module.register_forward_hook(partial(self._note, name), with_kwargs=True)
         return self
+
+    def of(self, function: Callable, angles: Angles, positions: Tensor, real: Tensor) -> "Rotary":
+        """A layer's rotation; one object for all that turn alike in a pass."""
+        last = self._last
+        facts = (function, *angles, positions, real)
+        if last is None or any(a is not b for a, b in zip(last.facts, facts, strict=True)):
+            last = Rotary(function, angles, tuple(self.made.values()), positions, real)
+            self._last = last
+        return last
 
     def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, angles) -> None:
         x, ids = (
@@ -109,6 +119,11 @@ class Rotary:
     known: tuple[Made, ...]
     positions: Int[Tensor, "batch query"]
     real_queries: Bool[Tensor, "batch query"]
+
+    @cached_property
+    def facts(self) -> tuple:
+        """What makes it this one."""
+        return (self.function, *self.angles, self.positions, self.real_queries)
 
     def rotate(
         self, x: Float[Tensor, "batch head *pos d_head"], positions: Int[Tensor, "*at"]

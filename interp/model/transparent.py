@@ -4,19 +4,21 @@ A bridge wraps each module of a model, and every wrapper takes some microseconds
 nothing to do. Of a pass over many tokens that is nothing; of a generated token, for which most of
 300 wrapped modules have one row to multiply, it is a fifth.
 
-Whether somebody listens is asked when a block or a component is called. While a block runs, what
-nobody listens to in it is left out; a hook that is attached meanwhile has it put back, so a hook
-acts from the moment that it is attached.
+While a block runs, what nobody listens to in it is left out. Whoever attaches a hook says so here:
+then blocks look anew who listens, and one that runs gets back what it left out, so that a hook acts
+from the moment that it is attached.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.block import (
@@ -42,11 +44,17 @@ class Transparent(GeneralizedComponent):
     """Made by `make_transparent`; put in front of the class that a component had."""
 
     _listeners: tuple[Any, ...]  # each is true where the component has to act
+    _replaced: dict[str, Callable]  # the `forward` that stands in for its own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(self._listeners) or self.must_act(args, kwargs):
             return self.act(*args, **kwargs)
         return self._wrapped(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("original_component", "_original_component"):
+            Attached.changed()
 
     @property
     def _wrapped(self) -> Any:
@@ -63,26 +71,79 @@ class Transparent(GeneralizedComponent):
         return self.compatibility_mode
 
 
-# of the blocks that run at the moment: where what was left out stands, and what that is
-Place = tuple[dict[str, Any], str, Any]
-left_out: dict[int, list[Place]] = {}
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Components that may be left out of one module, by name, and what they wrap.
+
+    Whole dicts, put in and taken out at once: a block's components are spread over memory, and to
+    look at each takes longer than what it does.
+    """
+
+    modules: dict[str, Any]
+    whole: dict[str, Any]  # `modules` as it was when it was looked at
+    components: dict[str, Any]
+    wrapped: dict[str, Any]
+
+    @property
+    def as_they_were(self) -> bool:
+        """Does nothing else stand there by now?"""
+        return self.modules == self.whole
+
+    def leave_out(self) -> None:
+        self.modules.update(self.wrapped)
+
+    def put_back(self) -> None:
+        self.modules.update(self.components)
 
 
-def put_back(places: list[Place]) -> None:
-    """Components where they stood."""
-    for modules, name, component in places:
-        modules[name] = component
+class Attached:
+    """How often something was attached to components, of any model, and what blocks that run at
+    the moment left out."""
+
+    times: int = 0
+    left_out: ClassVar[dict[object, Sequence[Places]]] = {}  # by call
+
+    @classmethod
+    def changed(cls) -> None:
+        """Something was, or is no longer: blocks look anew."""
+        cls.times += 1
+        for left_out in list(cls.left_out.values()):
+            for places in left_out:
+                places.put_back()
+
+
+@contextmanager
+def stands_in(component: nn.Module, forward: Callable) -> Iterator[None]:
+    """`forward` is called in place of a component's own."""
+    own = component.__dict__  # the bridge would forward the attribute to what it wraps
+    replaced = own.get("_replaced", {})
+    own["forward"] = replaced["forward"] = forward
+    Attached.changed()
+    try:
+        yield
+    finally:
+        del own["forward"], replaced["forward"]
+        Attached.changed()
+
+
+class Handle(RemovableHandle):
+    """Of a hook whose end is noticed, too."""
+
+    def remove(self) -> None:
+        super().remove()
+        Attached.changed()
 
 
 class Waking(nn.Module):
-    """Made by `make_transparent` of all that hooks are attached to: it is not left out then."""
+    """Made by `make_transparent` of all that hooks are attached to; it says when one is."""
 
 
 def _waking(name: str) -> Callable:
-    def register(self, *args: Any, **kwargs: Any) -> Any:
-        for places in list(left_out.values()):
-            put_back(places)
-        return getattr(super(Waking, self), name)(*args, **kwargs)
+    def register(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        handle = getattr(super(Waking, self), name)(*args, **kwargs)
+        handle.__class__ = Handle
+        Attached.changed()
+        return handle
 
     return register
 
@@ -92,30 +153,45 @@ for _name in ("forward_pre", "forward", "full_backward_pre", "full_backward", "b
 
 
 class TransparentBlock(Transparent):
-    """A block; what is inside is left out as a whole, where nobody listens to any of it."""
+    """A block; what nobody listens to inside is left out while it runs."""
 
-    _inside: tuple[Place, ...] = ()
-    _everywhere: tuple[Any, ...] = ()  # `_listeners` of the block and of all that is inside
+    _inside: tuple[tuple[dict[str, Any], dict[str, Transparent]], ...] = ()
     _eager: Any = False  # true where lazy attention inside has to be eager
+    # when it looked last, and what it found
+    _looked: int = -1
+    _listened: bool = False
+    _quiet: Sequence[Places] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.must_act(args, kwargs):
-            return self.act(*args, **kwargs)
-        listened = any(self._everywhere)
-        # somebody may have put something else in a component's place, which then stays
-        places = [
-            (modules, name, component)
-            for modules, name, component in self._inside
-            if modules[name] is component and not (listened and any(component._listeners))
-        ]
-        for modules, name, component in places:
-            modules[name] = component._wrapped
-        left_out[id(places)] = places
+        if self._eager or self.must_act(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        if self._looked != Attached.times or not all(p.as_they_were for p in self._quiet):
+            self._look()
+        call, quiet = object(), self._quiet
+        for places in quiet:
+            places.leave_out()
+        Attached.left_out[call] = quiet
         try:
-            return super().__call__(*args, **kwargs) if listened else self._wrapped(*args, **kwargs)
+            run = self.act if self._listened else self._wrapped
+            return run(*args, **kwargs)
         finally:
-            del left_out[id(places)]
-            put_back(places)
+            del Attached.left_out[call]
+            for places in quiet:
+                places.put_back()
+
+    def _look(self) -> None:
+        """Who is listened to?"""
+        quiet = []
+        for modules, may in self._inside:
+            free = {
+                name: one
+                for name, one in may.items()
+                if modules[name] is one and not any(one._listeners)
+            }
+            wrapped = {name: one._wrapped for name, one in free.items()}
+            quiet.append(Places(modules, dict(modules), free, wrapped))
+        listened = any(self._listeners)
+        self.__dict__.update(_looked=Attached.times, _listened=listened, _quiet=quiet)
 
     def must_act(self, args: tuple, kwargs: dict) -> bool:
         own = self.__dict__
@@ -153,19 +229,6 @@ def _takes_any(kind: type) -> bool:
     """Does its forward take any named argument?"""
     parameters = signature(kind.forward).parameters.values()
     return any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-@dataclass(eq=False)
-class Replaced:
-    """True where somebody gave one of some components a `forward` of their own, to be called."""
-
-    own: tuple[dict[str, Any], ...]
-
-    def __bool__(self) -> bool:
-        for own in self.own:  # noqa: SIM110, a generator takes longer
-            if "forward" in own:
-                return True
-        return False
 
 
 @dataclass(eq=False)
@@ -236,18 +299,16 @@ def make_transparent(model: nn.Module) -> None:
         if front is None:
             continue
         component.__class__ = _in_front((front, Waking), type(component))
+        component.__dict__["_replaced"] = {}
         component.__dict__["_listeners"] = tuple(_listeners(component, wiring))
         if isinstance(component, TransparentBlock):
             blocks.append(component)
     for block in blocks:
-        inside = tuple(_inside(block))
-        parts = (block, *(component for _, _, component in inside))
-        each = {id(one): one for part in parts for one in part._listeners}.values()
-        own = tuple(own for one in each if isinstance(one, Replaced) for own in one.own)
-        others = tuple(one for one in each if not isinstance(one, Replaced))
-        everywhere = (*others, Replaced(own))
-        eager = next((one for one in everywhere if isinstance(one, Eager)), False)
-        block.__dict__.update(_inside=inside, _everywhere=everywhere, _eager=eager)
+        attention = block._modules.get("attn")
+        eager = (
+            wiring.eager.get(attention, False) if isinstance(attention, LazyAttention) else False
+        )
+        block.__dict__.update(_inside=tuple(_inside(block)), _eager=eager)
 
 
 @cache
@@ -266,18 +327,17 @@ def _front(component: nn.Module) -> type[Transparent] | None:
     return Transparent if type(component) in KINDS or isinstance(component, LazyAttention) else None
 
 
-def _inside(component: Transparent) -> Iterator[tuple[dict, str, Transparent]]:
-    """Where others stand, in the wrapped module and what they wrap, that may be left out."""
+def _inside(component: Transparent) -> Iterator[tuple[dict[str, Any], dict[str, Transparent]]]:
+    """Modules inside, as torch holds them, and those of them that may be left out."""
     waiting: list[Any] = [component.original_component]
     while waiting:
         modules = waiting.pop()._modules
-        for name, child in modules.items():
-            if isinstance(child, Transparent):
-                if not child.must_act((), {}):
-                    yield modules, name, child
-                    waiting.append(child.original_component)
-            elif child is not None and not isinstance(child, GeneralizedComponent):
-                waiting.append(child)
+        may = {n: m for n, m in modules.items() if isinstance(m, Transparent)}
+        may = {name: child for name, child in may.items() if not child.must_act((), {})}
+        if may:
+            yield modules, may
+        waiting += (child.original_component for child in may.values())
+        waiting += (m for m in modules.values() if m and not isinstance(m, GeneralizedComponent))
 
 
 def _listeners(component: GeneralizedComponent, wiring: Wiring) -> Iterator[Any]:
@@ -289,7 +349,7 @@ def _listeners(component: GeneralizedComponent, wiring: Wiring) -> Iterator[Any]
     own = (m for part in (component, *inside) for m in part.children() if isinstance(m, HookPoint))
     for point in (*own, *wiring.points[component]):
         yield from (point._forward_hooks, point._backward_hooks)
-    yield Replaced((component.__dict__,))
+    yield component.__dict__["_replaced"]
     attention = component if isinstance(component, LazyAttention) else wiring.forked.get(component)
     if attention is not None:
         yield wiring.eager.setdefault(attention, Eager(attention))

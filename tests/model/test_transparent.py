@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from interp.model.hooked import HookedModel
-from interp.model.transparent import Transparent
+from interp.model.transparent import Transparent, stands_in
 from tests.model.families import FAMILIES, inputs
 from tests.tiny import fresh, tiny
 
@@ -153,10 +153,11 @@ def test_torchs_own_hooks_on_a_component_fire(place):
 
 def test_a_forward_of_ones_own_is_called():
     model = fresh("llama")
-    mlp = model.blocks[1].mlp
-    mlp.__dict__["forward"] = lambda x: torch.zeros_like(x)
     expected = run(model, "llama", [("blocks.1.hook_mlp_out", lambda x, hook: torch.zeros_like(x))])
-    assert torch.equal(run(model, "llama"), expected)
+    before = run(model, "llama")
+    with stands_in(model.blocks[1].mlp, torch.zeros_like):
+        assert torch.equal(run(model, "llama"), expected)
+    assert torch.equal(run(model, "llama"), before)
 
 
 def test_what_stands_in_a_components_place_stays():
