@@ -132,7 +132,7 @@ def both(kind: type, config, tokenizer, processor=None) -> tuple[HookedModel, nn
     with torch.device(DEVICE):
         plain: nn.Module = kind._from_config(config, dtype=torch.bfloat16).eval()
     plain.set_attn_implementation("sdpa")
-    ours = interp.load(copy.deepcopy(plain), tokenizer, processor=processor, device=DEVICE)
+    ours = interp.load(copy.deepcopy(plain), tokenizer, processor=processor)
     return ours, plain
 
 

@@ -44,7 +44,7 @@ from interp.intervention.base import Hook, Intervention, InterventionError
 from interp.intervention.chosen import by_layer, check_when, chosen, said, said_when
 from interp.intervention.reach import check_plainly_causal, earlier
 from interp.intervention.segments import Layout
-from interp.model.attention import BLOCK_ELEMENTS, Attention
+from interp.model.attention import Attention, rows_in_block
 from interp.model.call import Call, When
 from interp.model.hooked import HookedModel
 from interp.model.places import Groups
@@ -186,7 +186,8 @@ def segment_lse(attention: Attention, layout: Layout) -> Scores:
     assert q is not None and k is not None  # checked before
     groups = Groups.of(layout.of_key, layout.start.shape[1])
     keys = attention.per_query_head(groups.gather(k)).transpose(3, 4)
-    rows = max(1, BLOCK_ELEMENTS // max(1, keys.shape[0] * keys.shape[1] * groups.real[0].numel()))
+    size = keys.shape[0] * keys.shape[1] * groups.real[0].numel()
+    rows = rows_in_block(size, keys.device)
     parts = []
     for some in q.split(rows, dim=2):
         logits = (some[:, :, None] * attention.scale) @ keys

@@ -30,6 +30,8 @@ from interp.model.rotary import Rotary, RotaryError
 # Weights in a block: enough rows for the matrix product to be fast, few enough that the allocator
 # hands the same memory out again (from 32 MB on, glibc returns it to the system each time).
 BLOCK_ELEMENTS = 1 << 21
+# On a GPU: enough that it is the GPU that works, and not the processor that queues the work.
+GPU_BLOCK_ELEMENTS = 1 << 26
 # In a tile: few enough for a cache.
 TILE_ELEMENTS = 1 << 20
 
@@ -398,7 +400,7 @@ class Attention:
 
     def row_blocks(self, heads: Tensor | None, queries: Chosen = None) -> Iterator[Block]:
         n_heads = self.n_heads if heads is None else len(heads)
-        size = max(1, BLOCK_ELEMENTS // max(1, self.q.shape[0] * n_heads * self.n_keys))
+        size = rows_in_block(self.q.shape[0] * n_heads * self.n_keys, self.q.device)
         whole_rows = any(isinstance(edit, SetRows) and edit.any_key for edit in self.edits)
         later_hidden = self.causal and self.mask is None and not whole_rows
         for rows in self._index(queries, self.n_queries, "queries").split(size):
@@ -545,6 +547,12 @@ class Attention:
         if rows.dim() == 2:  # [batch query]
             rows = rows[:, None]
         return rows[(None,) * (3 - rows.dim())][..., None]
+
+
+def rows_in_block(elements: int, device: torch.device) -> int:
+    """How many query rows of so many elements are computed at a time."""
+    most = BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    return max(1, most // max(1, elements))
 
 
 @cache

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from interp.model.attention import BLOCK_ELEMENTS, Attention, kept
+from interp.model.attention import Attention, kept, rows_in_block
 from interp.model.edits import Rescale
 
 # Others that hold less than this lose a digit and more to the subtraction.
@@ -105,7 +105,7 @@ class Damped(Attention):
         z, lse = self._exact
         columns, there = columns_of(self.keys)
         k, v = self._at(self.k, columns), self._at(self.v, columns)
-        size = max(1, BLOCK_ELEMENTS // max(1, columns.numel()))
+        size = rows_in_block(columns.numel(), columns.device)
         q = self.q[:, self.heads].float() * self.scale
         parts, least_left = [], []
         for start in range(0, self.n_queries, size):

@@ -135,7 +135,6 @@ def test_it_is_the_attention_by_hand(family, one_row_a_block, monkeypatch):
     """A batch padded on the left, with two to four segments; one row a block, or all at once."""
     if one_row_a_block:
         monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 1)
-        monkeypatch.setattr("interp.intervention.pine.BLOCK_ELEMENTS", 1)
     model = roped(family)
     by_hand = expected(model, family, PROMPTS)
     plain = logits(model, PROMPTS)

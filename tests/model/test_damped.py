@@ -121,7 +121,7 @@ def test_the_closed_form_takes_no_weights(kind, monkeypatch):
 def test_blocks_of_rows_are_put_together(monkeypatch):
     case = one_case()
     whole = damped(*case).output()
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 20)
+    monkeypatch.setattr("interp.model.attention.BLOCK_ELEMENTS", 20)
     assert_close(damped(*case).output(), whole)
 
 
