@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from interp.model import damped as module
 from interp.model.attention import Attention
 from interp.model.damped import Damped, damped
 
