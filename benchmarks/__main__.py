@@ -15,7 +15,17 @@ from transformers.utils import logging
 from benchmarks.timing import HEADER, line
 from interp.provenance import versions
 
-NAMES = ("forward", "one_layer", "sinks", "retrieval", "patching", "offsets", "act", "vision")
+NAMES = (
+    "forward",
+    "one_layer",
+    "sinks",
+    "retrieval",
+    "patching",
+    "offsets",
+    "act",
+    "vision",
+    "large",
+)
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ import interp
 from interp.errors import UserError
 from interp.intervention.base import Intervention
 from interp.metrics import write_captions
+from interp.model.attention import Attention
 from interp.model.hooked import HookedModel
 from tests.intervention.conformance import INTERVENTIONS, SEEING, SPANS, WHENS
 from tests.model import families, vision_families
-from tests.tiny import random_ids, tokenizer
+from tests.tiny import random_ids, tokenizer, words
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ("cpu", "cuda")
@@ -85,6 +86,21 @@ STATISTICS: dict[str, Callable] = {
     "rescaled": lambda a: a.rescale(torch.arange(a.n_keys, device=a.q.device) == 2, 0.3).output(),
     "hotter": lambda a: a.temperature(2.0, heads=[1]).output(),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [None, [0, 5, 2]])
+def test_halves_are_multiplied_as_if_they_were_float32(dtype, heads):
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = (2, 6, 40, 16), (2, 3, 40, 16), (2, 3, 40, 16)
+    made = [torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in sizes]
+    positions = torch.arange(40, device="cuda").expand(2, 40)
+    real = torch.ones_like(positions, dtype=torch.bool)
+    facts = (0.25, positions, positions, real, real)
+    halves = Attention(*made, *facts)
+    whole = Attention(*(x.float() for x in made), *facts)
+    assert_close(halves.pattern(heads), whole.pattern(heads), atol=1e-6, rtol=1e-5)
+    assert_close(halves.lse, whole.lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
@@ -295,6 +311,6 @@ def test_nothing_of_the_size_of_a_pattern_is_ever_held():
     one_pattern = n_tokens**2 * 8 * 2  # bytes of a layer's, in bfloat16
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    sinks = interp.attention_sinks(model, [random_ids(n_tokens - 1)[0]], **QUIET)
+    sinks = interp.attention_sinks(model, words(random_ids(n_tokens - 1)[0]), **QUIET)
     assert torch.cuda.max_memory_allocated() - before < one_pattern / 4
     assert np.isfinite(sinks.received[0]).all()

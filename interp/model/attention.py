@@ -411,6 +411,8 @@ class Attention:
         """Scaled, soft-capped, with a float mask's numbers, edited; nothing hidden yet."""
         if self.places is not None:
             logits = self.places.logits(self, block)
+        elif self._half_on_gpu:
+            logits = self._product_of_halves(block)
         else:
             logits = self.product(self._scaled_queries(block), self.keys_transposed, block)
         if self.softcap is not None:
@@ -444,6 +446,23 @@ class Attention:
         stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
         return (stacked @ k).view(*q.shape[:3], block.n_keys)
 
+    @property
+    def _half_on_gpu(self) -> bool:
+        """Can the GPU multiply what is in half precision and give float32?"""
+        needs_grad = torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad)
+        halves = self.q.dtype in (torch.bfloat16, torch.float16)
+        return halves and self.q.device.type == "cuda" and not needs_grad
+
+    def _product_of_halves(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
+        """As `product`: the same numbers, without making float32 of q and k first."""
+        q, k = self.q[:, :, block.rows], self.k[:, :, : block.n_keys]
+        if block.heads is not None:
+            q, k = q[:, block.heads], self.per_query_head(k, block.heads)
+        shape = *q.shape[:3], block.n_keys
+        stacked = q.reshape(q.shape[0] * k.shape[1], -1, q.shape[-1])
+        logits = torch.bmm(stacked, k.flatten(0, 1).mT, out_dtype=torch.float32)
+        return logits.view(shape).mul_(self.scale)
+
     @kept
     def keys_transposed(self) -> Float[Tensor, "batch kv_head d_head key"]:
         """As products want them, float32."""
@@ -471,8 +490,9 @@ class Attention:
     def _masked(self, logits: Tensor, block: Block) -> Tensor:
         """Hidden keys get the lowest finite number, and so do those that an edit hid with −inf."""
         lowest = torch.finfo(logits.dtype).min
-        visible = self.visible(block)
-        if visible is not None:
+        if self.causal and self.mask is None and not logits.requires_grad:
+            hide_later(logits, block, lowest)
+        elif (visible := self.visible(block)) is not None:
             logits = logits.masked_fill(~visible, lowest)
         return logits.clamp_min(lowest) if self.edits or self.places is not None else logits
 
@@ -503,11 +523,8 @@ class Attention:
         q = torch.cat([self._scaled_queries(block), -lse[:, :, block.rows, None]], dim=-1)
         keys = self._keys_and_one[..., start : block.n_keys]
         weights = self.product(q, keys, replace(block, n_keys=keys.shape[-1])).exp_()
-        # the first row sees all keys up to itself
-        first = max(start, int(block.rows.min())) if len(block.rows) else block.n_keys
-        if self.causal and first < block.n_keys:
-            later = torch.arange(first, block.n_keys, device=block.rows.device)
-            weights[..., first - start :].masked_fill_(later > block.rows[:, None], 0.0)
+        if self.causal:
+            hide_later(weights, block, 0.0, start)
         return weights
 
     def _softmax(self, logits: Tensor, block: Block) -> Tensor:
@@ -558,6 +575,17 @@ def rows_in_block(elements: int, device: torch.device) -> int:
 @cache
 def _facts() -> tuple[str, ...]:
     return tuple(fact.name for fact in fields(Attention))
+
+
+def hide_later(
+    values: Float[Tensor, "batch heads rows keys"], block: Block, value: float, start: int = 0
+) -> None:
+    """Put `value` where a key, the first of which is `start`, comes after its query; in place."""
+    # the first row sees all keys up to itself
+    first = max(start, int(block.rows.min())) if len(block.rows) else block.n_keys
+    if first < block.n_keys:
+        later = torch.arange(first, block.n_keys, device=block.rows.device)
+        values[..., first - start :].masked_fill_(later > block.rows[:, None], value)
 
 
 def whole_layer(selection: Bool[Tensor, "..."]) -> Bool[Tensor, "#batch #head #query key"]:
