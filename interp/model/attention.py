@@ -403,9 +403,14 @@ class Attention:
         size = rows_in_block(self.q.shape[0] * n_heads * self.n_keys, self.q.device)
         whole_rows = any(isinstance(edit, SetRows) and edit.any_key for edit in self.edits)
         later_hidden = self.causal and self.mask is None and not whole_rows
-        for rows in self._index(queries, self.n_queries, "queries").split(size):
-            last = int(rows.max()) if later_hidden and len(rows) else self.n_keys - 1
-            yield Block(heads, rows, last + 1)
+        index = self._index(queries, self.n_queries, "queries")
+        # asked once for all blocks: each time the GPU would have to finish what it has to do
+        numbers = range(len(index)) if queries is None else index.tolist()
+        for start, rows in zip(range(0, max(1, len(index)), size), index.split(size), strict=True):
+            here = numbers[start : start + size] or (0,)
+            ends = (here[0], here[-1]) if queries is None else (min(here), max(here))
+            last = ends[1] if later_hidden and len(rows) else self.n_keys - 1
+            yield Block(heads, rows, last + 1, ends[0])
 
     def _logits(self, block: Block) -> Float[Tensor, "batch heads rows seen_keys"]:
         """Scaled, soft-capped, with a float mask's numbers, edited; nothing hidden yet."""
@@ -582,7 +587,7 @@ def hide_later(
 ) -> None:
     """Put `value` where a key, the first of which is `start`, comes after its query; in place."""
     # the first row sees all keys up to itself
-    first = max(start, int(block.rows.min())) if len(block.rows) else block.n_keys
+    first = max(start, block.first_row) if len(block.rows) else block.n_keys
     if first < block.n_keys:
         later = torch.arange(first, block.n_keys, device=block.rows.device)
         values[..., first - start :].masked_fill_(later > block.rows[:, None], value)

@@ -10,17 +10,19 @@ which keeps each row's sum. The output needs the unedited one and the columns of
 
 Where others hold little of a row this subtracts nearly equal numbers, so a head with such a row is
 computed from its weights (`Attention.rescale`, which also says what happens to a row without any
-others), and so is all attention whose rows do not sum to 1 or are no plain softmax.
+others), and so are a single row, as while decoding, and all attention whose rows do not sum to 1 or
+are no plain softmax.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.model.attention import Attention, kept, rows_in_block
-from interp.model.edits import Rescale
+from interp.model.edits import LEAST_RECEIVED, Deferred, Rescale
 
 # Others that hold less than this lose a digit and more to the subtraction.
 LEAST_LEFT = 0.05
@@ -39,14 +41,15 @@ def damped(
     key `attention` itself.
     """
     some = keys.any(2).any(-1).any(0)
-    if not bool(some.any()):
+    n_some = int(some.sum())
+    if not n_some:
         return attention
-    if not bool(some.all()):
+    if n_some < len(heads):
+        some = some.nonzero().squeeze(1)
         factor = factor[:, some] if factor.shape[1] > 1 else factor
         heads, keys = heads[some], keys[:, some]
-    edited = replace(
-        attention, edits=(*attention.edits, _edit(attention, heads, keys, factor, rows))
-    )
+    edit = Deferred(partial(_edit, attention.n_heads, heads, keys, factor, rows))
+    edited = replace(attention, edits=(*attention.edits, edit))
     unlike = (attention.softcap, attention.sink_logits, attention.places)
     if attention.edits or any(fact is not None for fact in unlike):
         return edited
@@ -56,14 +59,13 @@ def damped(
 
 
 def _edit(
-    attention: Attention,
+    n_heads: int,
     heads: Int[Tensor, " heads"],
     keys: Bool[Tensor, "batch heads #query key"],
     factor: Float[Tensor, "#batch #heads #query"],
     rows: Bool[Tensor, "batch query"],
 ) -> Rescale:
     """What `attention.rescale` would make of it, for all heads of the layer."""
-    n_heads = attention.n_heads
     whole = keys.new_zeros(len(keys), n_heads, *keys.shape[2:]).index_copy(1, heads, keys)
     if factor.shape[1] > 1:
         every = factor.new_ones(len(factor), n_heads, factor.shape[2])
@@ -92,11 +94,25 @@ class Damped(Attention):
         if len(self.edits) > 1 or not self.differs_in_edits_only(self.base):
             return super().output()
         unedited = self.base.output()
+        if self.n_queries == 1:
+            return unedited.index_copy(1, self.heads, self._one_row(unedited[:, self.heads]))
         edited, too_close = self._closed_form(unedited[:, self.heads])
         if bool(too_close.any()):
             index = too_close.nonzero().squeeze(1)
             edited = edited.index_copy(1, index, self._mix(self.heads[index]))
         return unedited.index_copy(1, self.heads, edited)
+
+    def _one_row(
+        self, unedited: Float[Tensor, "batch heads 1 d_value"]
+    ) -> Float[Tensor, "batch heads 1 d_value"]:
+        """The heads' z from their weights, which are no more than the keys."""
+        ((_, weights),) = self.base.blocks(self.heads)
+        given, held = (weights * self.keys).sum(-1), (weights * ~self.keys).sum(-1)
+        gain = 1 + (1 - self.factor) * given / held.clamp_min(LEAST_RECEIVED)
+        edited = weights * torch.where(self.keys, self.factor[..., None], gain[..., None])
+        z = edited @ self.per_query_head(self.v, self.heads).float()
+        chosen = self.rows[:, None] & (given > 0) & (held >= LEAST_RECEIVED)
+        return torch.where(chosen[..., None], z.to(unedited.dtype), unedited)
 
     def _closed_form(
         self, unedited: Float[Tensor, "batch heads query d_value"]

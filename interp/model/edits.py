@@ -6,6 +6,7 @@ same along them; it is applied to one `Block` of query rows at a time and return
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +25,20 @@ class EditError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Which part of a layer is being computed: heads (None: all), query rows, the first keys."""
+    """Which part of a layer is being computed: heads (None: all), query rows, the first keys.
+
+    `first` is the first of the rows, where that is known without asking the GPU.
+    """
 
     heads: Int[Tensor, " heads"] | None
     rows: Int[Tensor, " rows"]
     n_keys: int
+    first: int | None = None
+
+    @property
+    def first_row(self) -> int:
+        """Of one row or more."""
+        return int(self.rows.min()) if self.first is None else self.first
 
     def of(self, whole: Tensor) -> Tensor:
         """This block's part of a tensor that broadcasts to `[batch head query key]`."""
@@ -123,3 +133,22 @@ class SetRows(Edit):
             seen = visible.sum(-1, keepdim=True).clamp_min(1)
             new = (visible / seen).to(values.dtype)
         return torch.where(block.of(self.heads) & block.of(self.rows), new, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred(Edit):
+    """An edit of weights that is made when somebody asks for them."""
+
+    make: Callable[[], Edit]
+    on_logits: ClassVar[bool] = False
+
+    @cached_property
+    def heads(self) -> Bool[Tensor, "1 heads 1 1"]:
+        return self._made.heads
+
+    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
+        return self._made.apply(values, block, visible)
+
+    @cached_property
+    def _made(self) -> Edit:
+        return self.make()

@@ -14,15 +14,15 @@ which needs the weights of the rows that are edited, and leaves all others to th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.model.attention import Attention
-from interp.model.edits import LEAST_RECEIVED, Block, Edit, Rescale
+from interp.model.edits import LEAST_RECEIVED, Deferred, Rescale
 
 
 class Moved(NamedTuple):
@@ -36,37 +36,6 @@ Choose = Callable[
     [Float[Tensor, "batch head rows set"], Bool[Tensor, "batch 1 rows"], Int[Tensor, " rows"]],
     Moved,
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Moving(Edit):
-    """The `Rescale` that `redistributed` stands for, made when somebody asks for weights."""
-
-    sets: Bool[Tensor, "batch set key"]
-    queries: Int[Tensor, " rows"]
-    chosen: Bool[Tensor, "batch head rows"]
-    share: Float[Tensor, "batch head rows"]
-    n_queries: int
-    on_logits: ClassVar[bool] = False
-
-    @cached_property
-    def heads(self) -> Bool[Tensor, "1 head 1 1"]:
-        """All of the layer's."""
-        return self.chosen.new_ones(1, self.chosen.shape[1], 1, 1)
-
-    def apply(self, values: Tensor, block: Block, visible: Tensor | None) -> Tensor:
-        return self._rescale.apply(values, block, visible)
-
-    @cached_property
-    def _rescale(self) -> Rescale:
-        donors, receivers = (self.sets[:, None, None, which] for which in (0, 1))
-        rows, share = self._in_all_rows(self.chosen), self._in_all_rows(self.share)
-        return Rescale(donors, receivers, 1 - share[..., None], rows[..., None], self.heads)
-
-    def _in_all_rows(self, part: Shaped[Tensor, "batch head rows"]) -> Tensor:
-        """At its rows; 0 in all others."""
-        whole = part.new_zeros(*part.shape[:2], self.n_queries)
-        return whole.index_copy(2, self.queries, part)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,9 +95,27 @@ def redistributed(
         return attention
     parts = zip(zip(*found, strict=True), (0, 2, 2, 2), strict=True)
     queries, chosen, share, added = (_joined(blocks, axis) for blocks, axis in parts)
-    edit = Moving(sets, queries, chosen, share, attention.n_queries)
+    edit = Deferred(partial(_edit, sets, queries, chosen, share, attention.n_queries))
     facts = attention.facts() | {"edits": (*attention.edits, edit)}
     return Redistributed(**facts, base=attention, queries=queries, chosen=chosen, added=added)
+
+
+def _edit(
+    sets: Bool[Tensor, "batch set key"],
+    queries: Int[Tensor, " rows"],
+    chosen: Bool[Tensor, "batch head rows"],
+    share: Float[Tensor, "batch head rows"],
+    n_queries: int,
+) -> Rescale:
+    """What `attention.rescale` would make of it, for all rows of the layer."""
+
+    def in_all_rows(part: Shaped[Tensor, "batch head rows"]) -> Tensor:
+        whole = part.new_zeros(*part.shape[:2], n_queries)
+        return whole.index_copy(2, queries, part)[..., None]
+
+    donors, receivers = (sets[:, None, None, which] for which in (0, 1))
+    heads = chosen.new_ones(1, chosen.shape[1], 1, 1)
+    return Rescale(donors, receivers, 1 - in_all_rows(share), in_all_rows(chosen), heads)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
