@@ -281,7 +281,7 @@ def damped_z(model: HookedModel, act: ACT, batch: Batch) -> dict[int, DampedZ]:
 
     def look(attention: Attention, hook, layer: int, search: Search) -> None:
         sinks = search.find(attention, model.call)
-        edited = attention if sinks is None else apply(attention, search.heads, sinks)
+        edited = attention if sinks is None else apply(attention, sinks)
         if edited is attention:
             return
         heads = search.heads

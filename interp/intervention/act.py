@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from interp.heads import Head, HeadsLike, heads_of
 from interp.intervention.base import Hook, Intervention, InterventionError
@@ -187,7 +186,7 @@ class ACT(Intervention):
         if self.factor == 1:
             return None
         found = search.find(attention, model.call)
-        return None if found is None else apply(attention, search.heads, found)
+        return None if found is None else apply(attention, found)
 
     def sinks(self, model: HookedModel, prompts, *, batch_size: int = 8) -> pd.DataFrame:
         """Which keys this edit damps on some prompts, and in how many rows.
@@ -234,7 +233,7 @@ class ACT(Intervention):
         found = search.find(attention, model.call)
         if found is None:
             return None
-        heads, keys = search.heads, found.keys[:, :, 0]
+        heads, keys = found.heads, found.keys[:, :, 0]
         shape = len(keys), attention.n_heads, 1, attention.n_keys
         whole = keys.new_zeros(shape).index_copy(1, heads, keys[:, :, None])
         mass = attention.mass_on(whole, heads)
@@ -259,12 +258,13 @@ class ACT(Intervention):
                     "left_alone": int(stuck[row, index]),
                 }
             )
-        return apply(attention, heads, found)
+        return apply(attention, found)
 
 
-def apply(attention: Attention, heads: Tensor, found: Found) -> Attention:
+def apply(attention: Attention, found: Found) -> Attention:
     """The attention with what was found damped; itself where that is nothing."""
-    return damped(attention, heads, found.keys, found.factor, found.rows)
+    some = found.each_has_some
+    return damped(attention, found.heads, found.keys, found.factor, found.rows, some)
 
 
 def middle_heads(model: HookedModel) -> tuple[Head, ...]:

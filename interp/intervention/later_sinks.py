@@ -77,11 +77,16 @@ class LaterRule:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The keys that lose weight in each pass, what they keep of it, and in which rows."""
+    """Keys that lose weight, of which heads, what they keep of it, and in which rows.
 
+    `each_has_some`: every head has a key in some prompt.
+    """
+
+    heads: Int[Tensor, " heads"]
     keys: Bool[Tensor, "batch heads #query key"]
     factor: Float[Tensor, "#batch #heads 1"]
     rows: Bool[Tensor, "batch query"]
+    each_has_some: bool = False
 
 
 class Search:
@@ -101,7 +106,8 @@ class Search:
         self.heads, self.rule, self.factor = heads, rule, factor
         self.decode, self.seed = decode, seed
         # of the prompt that is being continued, by the places of its tokens
-        self._keys: Any = None  # Bool[Tensor, "batch heads 1 place"]
+        self._with_some: Any = None  # Int[Tensor, " some"], heads that have sinks
+        self._keys: Any = None  # Bool[Tensor, "batch some 1 place"]
         self._kept: Any = None  # Float[Tensor, "#batch #heads 1"]
         self._received: Any = None  # Float[Tensor, "batch heads 1 place"]
         self._queries: Any = None  # Int[Tensor, "batch 1 1 place"]
@@ -122,16 +128,31 @@ class Search:
         rows = prompt if self.decode == "prefill" else prompt | later
         if call.whole:
             keys, factor = self._in_prompt(attention, prompt)
-            self._keys, self._kept = by_place(keys.long(), attention, call) > 0, factor
-        elif bool(prompt.any()):
+            self._remember(keys, factor, attention, call)
+            return Found(self.heads, keys, factor, rows)
+        if not call.step and bool(prompt.any()):
             raise InterventionError(
                 f"decode={self.decode!r}: this prompt comes in chunks, and its sinks are known "
                 "only from all of it; pass it whole, or use decode='running'."
             )
-        else:
-            check_goes_on(f"decode={self.decode!r}", self._keys, len(attention.q))
-            keys, factor = at_columns(self._keys, attention), self._kept
-        return Found(keys, factor, rows)
+        check_goes_on(f"decode={self.decode!r}", self._keys, len(attention.q))
+        if not len(self._with_some):
+            return None
+        keys = at_columns(self._keys, attention)
+        return Found(self._with_some, keys, self._kept, rows, each_has_some=True)
+
+    def _remember(
+        self,
+        keys: Bool[Tensor, "batch heads 1 key"],
+        factor: Float[Tensor, "#batch #heads 1"],
+        attention: Attention,
+        call: Call,
+    ) -> None:
+        some = keys.flatten(2).any(-1).any(0).nonzero().squeeze(1)
+        self._with_some, self._kept = self.heads[some], factor
+        self._keys = by_place(keys[:, some].long(), attention, call) > 0
+        if factor.shape[1] > 1:
+            self._kept = factor[:, some]
 
     def _in_prompt(
         self, attention: Attention, prompt: Bool[Tensor, "batch query"]
@@ -189,7 +210,7 @@ class Search:
         self._received, self._queries = received[:, :, -1:], queries[:, :, -1:]
         self._trace = trace_of(attention, call)
         factor = received.new_full((1, 1, 1), self.factor)
-        return Found(at_columns(keys, attention), factor, prompt | later)
+        return Found(self.heads, at_columns(keys, attention), factor, prompt | later)
 
     def _tested(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -204,10 +204,30 @@ def at_places(
     False or 0 for padding, and for tokens that came later. (Padding, a window or a static cache
     moves columns about, not places.)
     """
-    places, real = places.to(known.device), real.to(known.device)
-    size, axes = known.shape[-1], (slice(None), *[None] * (known.dim() - 2))
-    index = places[axes].clamp_max(size - 1).expand(*known.shape[:-1], -1)
-    return known.gather(-1, index) * ((places < size) & real)[axes]
+    axes, size = (slice(None), *[None] * (known.dim() - 2)), known.shape[-1]
+    look = Lookup.last
+    if look is None or not look.serves(places, real, size, known.device):
+        look = Lookup.last = Lookup(places, real, size, known.device)
+    index = look.index[axes].expand(*known.shape[:-1], -1)
+    return known.gather(-1, index) * look.there[axes]
+
+
+class Lookup:
+    """Where `at_places` looks, and for which tokens there is something there.
+
+    The last one is kept: all layers of a pass ask for the same.
+    """
+
+    last: "ClassVar[Lookup | None]" = None
+
+    def __init__(self, places: Tensor, real: Tensor, size: int, device: torch.device):
+        self.places, self.real, self.size = places, real, size
+        places, real = places.to(device), real.to(device)
+        self.index, self.there = places.clamp_max(size - 1), (places < size) & real
+
+    def serves(self, places: Tensor, real: Tensor, size: int, device: torch.device) -> bool:
+        same = self.places is places and self.real is real
+        return same and self.size == size and self.index.device == device
 
 
 def _real_keys(tokens: Tensor, past: int, mask: Tensor | None) -> Bool[Tensor, "batch key"]:

@@ -34,18 +34,17 @@ def damped(
     keys: Bool[Tensor, "batch heads #query key"],
     factor: Float[Tensor, "#batch #heads #query"],
     rows: Bool[Tensor, "batch query"],
+    each_has_some: bool = False,
 ) -> Attention:
     """Multiply the weights of each head's `keys` by `factor` in `rows`; the others take it up.
 
     The same as `attention.rescale(...)` with all others as receivers, and less work. Without any
-    key `attention` itself.
+    key `attention` itself. `each_has_some`: every head is known to have one.
     """
-    some = keys.any(2).any(-1).any(0)
-    n_some = int(some.sum())
-    if not n_some:
-        return attention
-    if n_some < len(heads):
-        some = some.nonzero().squeeze(1)
+    if not each_has_some:
+        some = keys.flatten(2).any(-1).any(0).nonzero().squeeze(1)
+        if not len(some):
+            return attention
         factor = factor[:, some] if factor.shape[1] > 1 else factor
         heads, keys = heads[some], keys[:, some]
     edit = Deferred(partial(_edit, attention.n_heads, heads, keys, factor, rows))
