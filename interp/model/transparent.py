@@ -56,6 +56,10 @@ class Transparent(GeneralizedComponent):
         if name in ("original_component", "_original_component"):
             Attached.changed()
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        Attached.changed()
+
     @property
     def _wrapped(self) -> Any:
         return self._modules["_original_component"]
@@ -112,17 +116,23 @@ class Attached:
                 places.put_back()
 
 
+def put_in(component: nn.Module, forward: Callable) -> None:
+    """Let `forward` be called in place of a component's own."""
+    # through __dict__: the bridge would forward the attribute to what it wraps
+    for where in (component.__dict__, component.__dict__.get("_replaced", {})):
+        where["forward"] = forward
+    Attached.changed()
+
+
 @contextmanager
 def stands_in(component: nn.Module, forward: Callable) -> Iterator[None]:
-    """`forward` is called in place of a component's own."""
-    own = component.__dict__  # the bridge would forward the attribute to what it wraps
-    replaced = own.get("_replaced", {})
-    own["forward"] = replaced["forward"] = forward
-    Attached.changed()
+    """The same, for as long as the block lasts."""
+    put_in(component, forward)
     try:
         yield
     finally:
-        del own["forward"], replaced["forward"]
+        for where in (component.__dict__, component.__dict__.get("_replaced", {})):
+            where.pop("forward", None)
         Attached.changed()
 
 
