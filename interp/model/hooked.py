@@ -300,13 +300,14 @@ class HookedModel(TransformerBridge):
 
     def check_hooks(self, names: Iterable[str]) -> None:
         """Raises `HookError`, with the nearest names, where the model lacks one, or it is off."""
+        points = self.hook_dict  # made anew each time that it is asked for
         for name in names:
-            if name not in self.hook_dict:
-                near = get_close_matches(name, self.hook_dict, n=3, cutoff=0)
+            if name not in points:
+                near = get_close_matches(name, points, n=3, cutoff=0)
                 raise HookError(
                     f"hooks: {self.name} has no {name!r}; the nearest: {', '.join(near)}."
                 )
-            gate = self._gated_hook_reason(self.hook_dict[name].name or name)
+            gate = self._gated_hook_reason(points[name].name or name)
             if gate is not None:
                 raise HookError(f"hooks: {name} is off; call model.set_{gate}(True) first.")
 
