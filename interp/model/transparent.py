@@ -2,7 +2,7 @@
 
 A bridge wraps each module of a model, and every wrapper takes some microseconds to find that it has
 nothing to do. Of a pass over many tokens that is nothing; of a generated token, for which most of
-300 wrapped modules have one row to multiply, it is a fifth.
+300 wrapped modules have one row to multiply, it is a sixth (SmolLM2-135M on two cores).
 
 While a block runs, what nobody listens to in it is left out. Whoever attaches a hook says so here:
 then blocks look anew who listens, and one that runs gets back what it left out, so that a hook acts
