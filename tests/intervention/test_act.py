@@ -182,6 +182,23 @@ def test_cached_decoding_is_its_definition(decode, family):
         assert_close(ours, theirs[-ours.shape[0] :], **CLOSE)
 
 
+@pytest.mark.parametrize("columns", ["sinks", "random"])
+def test_heads_without_sinks_are_left_alone_while_writing(columns):
+    """The first head of a layer has none, the second has: a token at a time is as all at once."""
+    model, prompt, answer = tiny("llama"), LISTS[0], [7, 9, 5]
+    edit = act_of(theta=0.15, decode="frozen", factor=0.1)
+    sinks = edit.sinks(model, [words(prompt)])
+    assert set(zip(sinks["layer"], sinks["head"])) == {(1, HEADS[1][1])}
+    with torch.no_grad(), model.intervene(replace(edit, columns=columns)):
+        at_once = logits(model, [prompt + answer], [len(prompt)])[0][-3:]
+        cache = go_on(model, torch.tensor([prompt]), None).past_key_values
+        for token, expected in zip(answer, at_once, strict=True):
+            out = go_on(model, torch.tensor([[token]]), cache)
+            assert_close(out.logits[0, -1], expected, **CLOSE)
+            cache = out.past_key_values
+    assert differs([at_once], [logits(model, [prompt + answer])[0][-3:]])
+
+
 def test_a_static_cache_is_a_cache():
     model = tiny("llama")
     for decode in MODES:

@@ -52,6 +52,12 @@ def test_what_is_looked_at_runs_and_no_more():
     assert ran == {"TransparentLinearBridge": 1}
 
 
+def test_a_hook_that_has_gone_leaves_nothing_behind():
+    model, nothing = tiny("llama"), lambda value, hook: None
+    assert components_that_run(model, "llama", [("blocks.1.hook_resid_pre", nothing)])
+    assert not components_that_run(model, "llama")
+
+
 def open_hooks(model: HookedModel) -> list[str]:
     return [
         n for n, point in model.hook_dict.items() if not model._gated_hook_reason(point.name or n)
