@@ -1,8 +1,9 @@
 """Models of 7 billion weights on a GPU: looking and editing beside what Hugging Face does plainly.
 
 The weights are random ones in the shapes of Llama-2-7B and LLaVA-1.5-7B (they cost the same time as
-trained ones, and can be had anywhere), in bfloat16. A token that is generated there is some 500
-small kernels, which the processor queues one by one: time is the processor's again, not the GPU's.
+trained ones, and can be had anywhere), in bfloat16. Writing a token takes much longer than reading
+the weights would: the processor queues small kernels one by one, and time is its time again. Which
+rows VAR edits depends on the weights, and so in part does its time.
 
 As in `benchmarks.offsets`, `act` and `vision`, edits are as good as none while they are timed, so
 that both sides write as much; that they act at their own strength is checked there. Random weights
@@ -63,7 +64,7 @@ CLIP_LARGE = {
 
 
 def run(quick: bool) -> Iterator[dict]:
-    """Quick: two narrow layers, anywhere; else 7B, where there is a GPU."""
+    """Quick: three narrow layers, anywhere; else 7B, where there is a GPU."""
     if not quick and DEVICE != "cuda":
         return
     yield from text(quick)

@@ -1,5 +1,5 @@
-"""A push costs next to nothing, folded offsets nothing: ITI's generation takes at most 1.03x the
-plain model's time, a forward pass of a LoFiT that was folded into the weights 1.00x.
+"""A push should cost next to nothing, folded offsets nothing: the goal is that ITI's generation
+takes at most 1.03x the plain model's time, a forward pass of a LoFiT folded into the weights 1.00x.
 
 ITI pushes a twentieth of the heads, as its authors have it, at the prompt's last token and every
 generated one. Beside it stands the hooked model without an edit. So that both sides say the same

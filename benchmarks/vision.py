@@ -1,5 +1,5 @@
-"""Captions under an edit that reads the image: VHR, its heads once chosen, takes at most 1.05x the
-plain model's time, and VAR 1.15x.
+"""Captions under an edit that reads the image: the goal is that VHR, its heads once chosen, takes
+at most 1.05x the plain model's time, and VAR 1.15x.
 
 Beside them stand the hooked model without an edit, and VHR with its choice of heads, which takes a
 pass without the image for each prompt. So that both sides write the same when they are timed, VHR

@@ -133,6 +133,10 @@ def pairs(model: HookedModel):
     return interp.tasks.ioi(model, n=4, seed=0)
 
 
+def needles(model: HookedModel, *lengths: int):
+    return interp.tasks.needle(model, lengths=list(lengths), depths=2, n=4)
+
+
 def scenes(model: HookedModel):
     return interp.tasks.scenes(model, n=3, seed=0, questions=("caption",))
 
@@ -147,21 +151,15 @@ PASSES: dict[str, tuple[str, Callable[[HookedModel], Any]]] = {
     ),
     "retrieval": (
         "mini-llama",
-        lambda m: interp.retrieval_heads(
-            m, interp.tasks.needle(m, lengths=[64, 96], depths=2, n=4), **QUIET
-        ).table,
+        lambda m: interp.retrieval_heads(m, needles(m, 64, 96), **QUIET).table,
     ),
     "retrieval, generated": (
         "mini-llama",
-        lambda m: interp.retrieval_heads(
-            m, interp.tasks.needle(m, lengths=[64], depths=2, n=4), how="generate", **QUIET
-        ).table,
+        lambda m: interp.retrieval_heads(m, needles(m, 64), how="generate", **QUIET).table,
     ),
     "evaluation": (
         "mini-llama",
-        lambda m: interp.evaluate(
-            m, interp.tasks.needle(m, lengths=[64, 96], depths=2, n=4), **QUIET
-        ).table,
+        lambda m: interp.evaluate(m, needles(m, 64, 96), **QUIET).table,
     ),
     "activation patching": (
         "mini-llama", lambda m: interp.activation_patching(m, pairs(m), **QUIET).table

@@ -263,8 +263,14 @@ class ACT(Intervention):
 
 def apply(attention: Attention, found: Found) -> Attention:
     """The attention with what was found damped; itself where that is nothing."""
-    some = found.each_has_some
-    return damped(attention, found.heads, found.keys, found.factor, found.rows, some)
+    return damped(
+        attention,
+        found.heads,
+        found.keys,
+        found.factor,
+        found.rows,
+        each_has_some=found.each_has_some,
+    )
 
 
 def middle_heads(model: HookedModel) -> tuple[Head, ...]:

@@ -149,10 +149,9 @@ class Search:
         call: Call,
     ) -> None:
         some = keys.flatten(2).any(-1).any(0).nonzero().squeeze(1)
-        self._with_some, self._kept = self.heads[some], factor
+        self._with_some = self.heads[some]
         self._keys = by_place(keys[:, some].long(), attention, call) > 0
-        if factor.shape[1] > 1:
-            self._kept = factor[:, some]
+        self._kept = factor[:, some] if factor.shape[1] > 1 else factor
 
     def _in_prompt(
         self, attention: Attention, prompt: Bool[Tensor, "batch query"]
